@@ -1,0 +1,97 @@
+"""Inference twins of blocks: modules with folded weights that run a block as one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fusion import ops
+from fusion.planner.blocks import convfirst as convfirst_graph
+from fusion.planner.plan import Plan, plan_block
+from fusion.planner.processor import Processor
+from fusion.planner.tile import ConvFirstTile
+from fusion.weights import ConvFirstWeights, PackedConvFirst
+
+REFERENCE_PROCESSOR = "h200"
+"""Whose plan lays out the weights where no kernel runs, on CPUs."""
+
+
+class FusedConvFirst(nn.Module):
+    """ConvFirst block of stride 1 for inference: `[N, C, H, W] -> [N, K, H, W]`, channels_last.
+
+    Takes fp16 and bf16 on GPUs and any floating dtype on CPUs, where it computes the reference. The plan is made at the
+    first input of each shape; `tuner` (anything with the signature of `plan_block`) may make it by measurement.
+    Weights are packed at the first use of a layout. The module has no parameters and keeps no link to the block that it
+    was folded from: fold again after training or loading.
+
+    Raises (in `forward`): what `fusion.ops.convfirst` raises, and PlanError when no tile fits the input's shape.
+    """
+
+    def __init__(self, weights: ConvFirstWeights, *, activation: str, residual: bool, tuner=plan_block):
+        super().__init__()
+        self.weights = weights
+        self.activation = activation
+        self.residual = residual
+        self.tuner = tuner
+        self._plans: dict[tuple, Plan] = {}
+        self._packed: dict[tuple, PackedConvFirst] = {}
+
+    def plan(self, x: Tensor) -> Plan:
+        """The plan for inputs like `x`."""
+        dtype = "bfloat16" if x.dtype == torch.bfloat16 else "float16"
+        key = (x.device, dtype, *x.shape)
+        if key not in self._plans:
+            batch, channels, height, width = x.shape
+            graph = convfirst_graph(
+                batch,
+                height,
+                width,
+                channels,
+                hidden_channels=self.weights.hidden_channels,
+                out_channels=self.weights.out_channels,
+                group_width=self.weights.group_width,
+                activation=self.activation,
+                residual=self.residual,
+                dtype=dtype,
+            )
+            self._plans[key] = self.tuner(graph, _processor_of(x.device))
+        return self._plans[key]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.weights.in_channels:
+            raise ValueError(
+                f"FusedConvFirst: the input must be [N, {self.weights.in_channels}, H, W], got {list(x.shape)}"
+            )
+        tile = self.plan(x).tile
+        packed = self._pack(tile, x)
+        return ops.convfirst(
+            x,
+            *packed.tensors(),
+            self.weights.hidden_channels,
+            self.weights.out_channels,
+            self.weights.group_width,
+            self.activation,
+            self.residual,
+            tile.to_ints(),
+        )
+
+    def extra_repr(self) -> str:
+        weights = self.weights
+        return (
+            f"{weights.in_channels}, {weights.out_channels}, hidden_channels={weights.hidden_channels}, "
+            f"group_width={weights.group_width}, activation={self.activation!r}, residual={self.residual}"
+        )
+
+    def _pack(self, tile: ConvFirstTile, x: Tensor) -> PackedConvFirst:
+        key = (x.device, x.dtype, tile.conv_slab, tile.hidden)
+        if key not in self._packed:
+            self._packed[key] = self.weights.pack(tile, x.dtype, x.device)
+        return self._packed[key]
+
+
+def _processor_of(device: torch.device) -> str | Processor:
+    if device.type != "cuda":
+        return REFERENCE_PROCESSOR
+    from fusion.probe import processor_of
+
+    return processor_of(device)

@@ -1,0 +1,139 @@
+"""Lowering: from a block's graph to candidate tensor-machine programs, by structure alone."""
+
+from collections.abc import Iterable, Mapping
+
+from fusion.planner.graph import BlockGraph, Op, OpKind, Tensor
+from fusion.planner.program import Kernel, Loop, Memory, Program
+
+
+def layerwise(graph: BlockGraph) -> Program:
+    """One kernel per op that costs OPs, every tensor between kernels in DRAM (figures 7a and 10).
+
+    Free ops join the kernel of the costed op before them. For blur-pool and concatenation that makes the program a
+    bound: an engine that runs them as kernels of their own moves more.
+    """
+    groups: list[list[Op]] = []
+    for op in graph.ops:
+        if not groups or (op.ops_count and any(earlier.ops_count for earlier in groups[-1])):
+            groups.append([])
+        groups[-1].append(op)
+    kernels = []
+    for group in groups:
+        placement = _placement(graph, group)
+        output = group[-1].output
+        dims = "NHW" if output.layout == "NHWC" else output.layout
+        partition = Loop(output.name, tuple((dim, None) for dim in dims), _streams(placement, group))
+        name = next((op.name for op in group if op.ops_count), group[0].name)
+        kernels.append(Kernel(name, tuple(group), tuple(placement.items()), graph.element_size, partition))
+    return Program("layerwise", graph, tuple(kernels))
+
+
+def block_fused(
+    graph: BlockGraph, pixel_tile: tuple[int, int] | None = None, hidden_tile: int | None = None
+) -> Program:
+    """The whole block as one kernel; only its inputs, weights and outputs are in DRAM.
+
+    The hidden channels are those that the last channels-mode product contracts and an earlier dense op made.
+
+    - When no op works across the pixels of the hidden channels (FFN, ConvFirst: figure 7b), processors divide the
+      output's pixels in tiles of ``pixel_tile`` = (height, width), and each loops over the hidden channels,
+      ``hidden_tile`` at a time.
+    - Otherwise (MBConv: figure 11) processors divide the hidden channels in groups of ``hidden_tile``, each at full
+      height and width. Whatever is summed over all hidden channels, like the squeeze vector, is summed in global
+      memory.
+
+    Tile sizes left out stay open in the program. OPs that a kernel has to repeat where the pixel tiles overlap (only a
+    block that looks across pixels more than once has any, such as ConvFirst of stride 2) are not counted. Raises
+    ValueError when the block cannot be divided that way.
+    """
+    hidden = _hidden_ops(graph)
+    if any(_works_across_pixels(op) for op in hidden):
+        if pixel_tile is not None:
+            raise ValueError(
+                f"{graph.name!r} was given pixel_tile={pixel_tile}, but its processors take hidden channels at full "
+                "height and width; give hidden_tile only"
+            )
+        return _fused_over_channels(graph, hidden, hidden_tile)
+    if any(op.kind is OpKind.GLOBAL_AVERAGE_POOL for op in graph.ops):
+        raise ValueError(f"{graph.name!r} pools over pixels outside of hidden channels; use the layerwise program")
+    if not hidden and hidden_tile is not None:
+        raise ValueError(f"{graph.name!r} was given hidden_tile={hidden_tile}, but has no hidden channels; omit it")
+    return _fused_over_pixels(graph, hidden, pixel_tile, hidden_tile)
+
+
+def _fused_over_pixels(
+    graph: BlockGraph, hidden: tuple[Op, ...], pixel_tile: tuple[int, int] | None, hidden_tile: int | None
+) -> Program:
+    placement = _placement(graph, graph.ops)
+    loops = ()
+    if hidden:
+        weights = tuple(weight.name for op in hidden for weight in op.weights)
+        loops = (Loop(hidden[0].output.name, (("C", hidden_tile),), weights),)
+    in_loops = {name for loop in loops for name in loop.streams}
+    streams = tuple(name for name in _streams(placement, graph.ops) if name not in in_loops)
+    height, width = pixel_tile or (None, None)
+    partition = Loop(graph.outputs[0].name, (("N", 1), ("H", height), ("W", width)), streams)
+    return _single_kernel(graph, placement, partition, loops)
+
+
+def _fused_over_channels(graph: BlockGraph, hidden: tuple[Op, ...], hidden_tile: int | None) -> Program:
+    placement = _placement(graph, graph.ops)
+    # Channel groups travel through the block as columns and rows of a matrix product do: a dense op that reads whole
+    # tensors leaves its output divided, one that reads divided tensors leaves partial sums of the whole.
+    divided: set[Tensor] = set()
+    for op in hidden:
+        reads_divided = not divided.isdisjoint(op.inputs)
+        if op.is_dense and reads_divided:
+            if placement[op.output] is Memory.LOCAL:
+                placement[op.output] = Memory.GLOBAL
+        elif op.is_dense or reads_divided:
+            divided.add(op.output)
+            if op.kind is OpKind.CONV and not op.is_dense and hidden_tile is not None and hidden_tile % op.group_width:
+                raise ValueError(
+                    f"hidden_tile={hidden_tile} splits a group of {op.name!r}; use a multiple of {op.group_width}"
+                )
+    partition = Loop(hidden[0].output.name, (("N", 1), ("C", hidden_tile)), _streams(placement, graph.ops))
+    return _single_kernel(graph, placement, partition, ())
+
+
+def _single_kernel(
+    graph: BlockGraph, placement: Mapping[Tensor, Memory], partition: Loop, loops: tuple[Loop, ...]
+) -> Program:
+    kernel = Kernel(graph.name, graph.ops, tuple(placement.items()), graph.element_size, partition, loops)
+    return Program("fused", graph, (kernel,))
+
+
+def _placement(graph: BlockGraph, ops: Iterable[Op]) -> dict[Tensor, Memory]:
+    """Home of each tensor that a kernel running ``ops`` touches: LOCAL if nothing outside needs it, else DRAM."""
+    ops = tuple(ops)
+    made_here = {op.output for op in ops}
+    placement = {}
+    for tensor in dict.fromkeys(t for op in ops for t in (*op.inputs, *op.weights, op.output)):
+        needed_elsewhere = tensor in graph.outputs or any(op not in ops for op in graph.consumers(tensor))
+        is_local = tensor in made_here and not needed_elsewhere
+        placement[tensor] = Memory.LOCAL if is_local else Memory.DRAM
+    return placement
+
+
+def _streams(placement: Mapping[Tensor, Memory], ops: Iterable[Op]) -> tuple[str, ...]:
+    made_here = {op.output for op in ops}
+    return tuple(t.name for t, memory in placement.items() if memory is Memory.DRAM and t not in made_here)
+
+
+def _hidden_ops(graph: BlockGraph) -> tuple[Op, ...]:
+    """The ops from the one that makes the hidden channels to the one that contracts them; empty if there are none."""
+    project = next((op for op in reversed(graph.ops) if op.is_pointwise), None)
+    if project is None:
+        return ()
+    op = graph.producer(project.inputs[0])
+    while op is not None and not op.is_dense:
+        op = graph.producer(op.inputs[0])
+    if op is None:
+        return ()
+    return graph.ops[graph.ops.index(op) : graph.ops.index(project) + 1]
+
+
+def _works_across_pixels(op: Op) -> bool:
+    # The op that makes the hidden channels may look at a neighbourhood of the block's input: it is dense.
+    across = op.is_spatial_conv or op.kind in (OpKind.BLURPOOL, OpKind.GLOBAL_AVERAGE_POOL)
+    return across and not op.is_dense

@@ -1,0 +1,202 @@
+"""Tile of the ConvFirst kernel: what may be chosen, what is valid, and how long it should take.
+
+Everything here is arithmetic on shapes and processors. `why_invalid` is the one judge of validity, for the planner's
+choice and for the tuner's candidates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from itertools import product
+from math import ceil
+
+from fusion.planner.graph import ELEMENT_SIZE
+from fusion.planner.match import ConvFirstShape
+from fusion.planner.processor import Processor
+from fusion.planner.slabs import slab_widths
+
+KERNEL_DTYPES = ("float16", "bfloat16")
+CHANNEL_MULTIPLE = 8
+"""Channels that make 16 bytes, the widest load: pixels must start on such a boundary."""
+WIDEST_OUTPUT_SLAB = 128
+MAX_IMAGE_ELEMENTS = 2**31 - 1
+"""The kernel computes offsets within an image in 32 bits."""
+MAX_REGISTERS = 255
+SPILL_ALLOWANCE = 1.6
+"""Estimated registers over available ones up to which a tile is worth trying: the estimate leaves out what the
+compiler keeps in shared memory, and a few spills outside of the loops cost little."""
+WARP_SIZE = 32
+MAX_WARPS_PER_PROCESSOR = 64
+TENSOR_CORES = 4
+"""Of a streaming multiprocessor, each serving the warps of its own quarter."""
+
+# Fitted on an H200 to 162 tiles of the eight blocks of the paper's table 1 (root mean square error 10 %).
+LAUNCH_US = 5.3
+STEP_US = 0.1
+"""One dependent step of a program: barrier, product, and the wait for its operands."""
+PRODUCT_SHARE = 0.8
+"""Part of the matrix products' time that is not hidden behind other work."""
+GLOBAL_SHARE = 0.5
+"""Part of the time for the nine views of the input and the weights through global memory that is not hidden."""
+
+
+@dataclass(frozen=True)
+class ConvFirstTile:
+    """One way to run the ConvFirst kernel.
+
+    A program computes `height x width` output pixels, `hidden` of the hidden channels at a time, with `warps` warps.
+    The convolution works in slabs of at most `conv_slab` channels; `conv_stages` and `ffn_stages` are the depths of the
+    software pipelines of its loop over taps and of the loop over hidden channels.
+    """
+
+    height: int
+    width: int
+    hidden: int
+    conv_slab: int
+    warps: int
+    conv_stages: int = 3
+    ffn_stages: int = 3
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"ConvFirstTile: {field.name} must be a positive integer, got {value!r}")
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels of a program."""
+        return self.height * self.width
+
+    def in_slabs(self, in_channels: int) -> tuple[int, ...]:
+        """Slabs that the convolution computes and the expansion contracts."""
+        return slab_widths(in_channels, self.conv_slab)
+
+    def out_slabs(self, out_channels: int) -> tuple[int, ...]:
+        """Slabs that the projection accumulates."""
+        return slab_widths(out_channels, WIDEST_OUTPUT_SLAB)
+
+    def padded_hidden(self, hidden_channels: int) -> int:
+        """Hidden channels that the kernel computes: whole steps of the loop."""
+        return ceil(hidden_channels / self.hidden) * self.hidden
+
+    def programs(self, batch: int, height: int, width: int) -> int:
+        """Number of tiles that cover the output."""
+        return batch * ceil(height / self.height) * ceil(width / self.width)
+
+    def to_ints(self) -> list[int]:
+        """The fields in order, for operators and files that take integers only; `ConvFirstTile(*ints)` undoes it."""
+        return list(astuple(self))
+
+
+def why_unsupported(shape: ConvFirstShape) -> str | None:
+    """Why no tile runs this block, and what to do instead; None if some tile may."""
+    if shape.dtype not in KERNEL_DTYPES:
+        return f"dtype {shape.dtype} is not supported, use one of {', '.join(KERNEL_DTYPES)}"
+    if shape.kernel_size != 3:
+        return f"kernel size {shape.kernel_size} is not supported, use 3"
+    for name in ("in_channels", "out_channels"):
+        if getattr(shape, name) % CHANNEL_MULTIPLE:
+            return f"{name}={getattr(shape, name)} is not supported, use a multiple of {CHANNEL_MULTIPLE}"
+    if shape.group_width > 64 or shape.group_width & (shape.group_width - 1):
+        return f"group width {shape.group_width} is not supported, use a power of two up to 64"
+    if shape.height * shape.width * max(shape.in_channels, shape.out_channels) > MAX_IMAGE_ELEMENTS:
+        return f"images of {shape.height}x{shape.width} pixels are too large, split them: 2**31 elements are the limit"
+    return None
+
+
+def why_invalid(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> str | None:
+    """Why the kernel cannot, or should not, run `shape` with this tile on `processor`; None if it is valid."""
+    unsupported = why_unsupported(shape)
+    if unsupported:
+        return unsupported
+    for name in ("height", "width", "hidden", "conv_slab", "warps"):
+        if getattr(tile, name) & (getattr(tile, name) - 1):
+            return f"{name}={getattr(tile, name)} is not a power of two"
+    if min(tile.pixels, tile.hidden, tile.conv_slab) < 16:
+        return "a matrix product needs at least 16 pixels, 16 hidden channels and slabs of 16 channels"
+    if tile.warps > 16:
+        return f"{tile.warps} warps are more than a program may have, 16"
+    if tile.pixels < 8 * tile.warps:
+        return f"{tile.warps} warps are too many for {tile.pixels} pixels"
+    if any(slab % shape.group_width for slab in tile.in_slabs(shape.in_channels)):
+        return f"slabs {tile.in_slabs(shape.in_channels)} split groups of {shape.group_width} channels"
+    local = local_memory_bytes(tile, shape)
+    if local > processor.local_memory_bytes:
+        return f"{local} bytes of local memory are more than {processor.name} has, {processor.local_memory_bytes}"
+    registers = estimated_registers(tile, shape)
+    if registers > SPILL_ALLOWANCE * MAX_REGISTERS:
+        return f"about {registers:.0f} registers a thread would spill, {MAX_REGISTERS} are available"
+    return None
+
+
+def local_memory_bytes(tile: ConvFirstTile, shape: ConvFirstShape) -> int:
+    """Shared memory of a program, in bytes: the operands in flight of the hungrier of its two loops."""
+    size = ELEMENT_SIZE[shape.dtype]
+    widest = max(tile.in_slabs(shape.in_channels))
+    conv = tile.conv_stages * widest * (tile.pixels + widest)
+    ffn = tile.ffn_stages * tile.hidden * _padded_in_and_out(tile, shape)
+    return size * max(conv, ffn)
+
+
+def estimated_registers(tile: ConvFirstTile, shape: ConvFirstShape) -> float:
+    """32-bit registers a thread: fp32 sums of outputs, 16-bit convolution result, hidden channels, and addresses."""
+    pixels_a_thread = tile.pixels / (tile.warps * WARP_SIZE)
+    channels = sum(tile.out_slabs(shape.out_channels)) + sum(tile.in_slabs(shape.in_channels)) / 2 + 1.5 * tile.hidden
+    return pixels_a_thread * channels + 40
+
+
+def programs_per_processor(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> int:
+    """Programs that a streaming multiprocessor holds at a time (occupancy), as its memories and warp slots allow."""
+    registers = min(estimated_registers(tile, shape), MAX_REGISTERS) * tile.warps * WARP_SIZE
+    return max(
+        1,
+        min(
+            int(processor.registers_per_processor // registers),
+            processor.local_memory_bytes // local_memory_bytes(tile, shape),
+            MAX_WARPS_PER_PROCESSOR // tile.warps,
+        ),
+    )
+
+
+def predicted_us(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> float:
+    """Predicted duration of a launch in microseconds.
+
+    A fixed cost, the matrix products as the kernel pads them, the weights and the nine views of the input out of
+    global memory, and the latency of the dependent steps of one program after the other, constants fitted to measurements. Few programs
+    leave processors idle, few warps leave tensor cores of a processor idle, and registers that spill slow all of it.
+    """
+    in_slabs, out_slabs = tile.in_slabs(shape.in_channels), tile.out_slabs(shape.out_channels)
+    hidden = tile.padded_hidden(shape.hidden_channels)
+    programs = tile.programs(shape.batch, shape.height, shape.width)
+    pixels = programs * tile.pixels
+    weights = 9 * sum(slab * slab for slab in in_slabs) + hidden * _padded_in_and_out(tile, shape)
+    product_ops = 2 * pixels * weights
+    global_bytes = ELEMENT_SIZE[shape.dtype] * (pixels * 9 * sum(in_slabs) + programs * weights)
+    steps = 9 * len(in_slabs) + hidden // tile.hidden * (len(in_slabs) + len(out_slabs))
+    occupancy = programs_per_processor(tile, shape, processor)
+    waves = max(1.0, programs / (processor.processors * occupancy))
+    load = programs / processor.processors
+    busy = min(1.0, load) * min(1.0, min(occupancy, ceil(load)) * tile.warps / TENSOR_CORES)
+    spill = max(1.0, estimated_registers(tile, shape) / MAX_REGISTERS)
+    product_us = PRODUCT_SHARE * product_ops / (busy * processor.peak_ops) * 1e6
+    global_us = GLOBAL_SHARE * global_bytes / processor.global_bandwidth * 1e6
+    return LAUNCH_US + spill * (product_us + global_us + STEP_US * waves * steps)
+
+
+def candidate_tiles(shape: ConvFirstShape, processor: Processor) -> Iterator[ConvFirstTile]:
+    """Every valid tile worth a measurement; where predictions tie, what proved better more often comes first."""
+    pixel_tiles = ((8, 16), (4, 32), (16, 16), (8, 32), (8, 8), (4, 8), (4, 4))
+    pipelines = ((3, 3), (4, 2), (5, 3), (2, 2))
+    for stages, (height, width), hidden, conv_slab, warps in product(
+        pipelines, pixel_tiles, (32, 64, 16, 128), (64, 32, 16), (4, 2, 8, 1)
+    ):
+        tile = ConvFirstTile(height, width, hidden, conv_slab, warps, *stages)
+        is_same_as_narrower = conv_slab > 16 and tile.in_slabs(shape.in_channels) == slab_widths(
+            shape.in_channels, conv_slab // 2
+        )
+        if not is_same_as_narrower and why_invalid(tile, shape, processor) is None:
+            yield tile
+
+
+def _padded_in_and_out(tile: ConvFirstTile, shape: ConvFirstShape) -> int:
+    return sum(tile.in_slabs(shape.in_channels)) + sum(tile.out_slabs(shape.out_channels))

@@ -1,0 +1,111 @@
+"""Measured ceilings of the GPU at hand: matrix throughput and DRAM bandwidth."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from statistics import median
+
+from fusion.planner.processor import PROCESSORS, Processor
+
+MATMUL_SIZE = 8192
+MIN_COPY_BYTES = 1 << 30
+GLOBAL_TO_DRAM_BANDWIDTH = 2.0
+"""L2 to DRAM bandwidth where nothing better is known: between an H200's 1.3 and an RTX 4090's 4.5."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """``peak_ops``: fp16 matrix throughput in OP/s. ``bandwidth``: DRAM bandwidth in byte/s, read plus written."""
+
+    peak_ops: float
+    bandwidth: float
+
+
+def measure_ceilings(device: int | str | None = None) -> Ceilings:
+    """Time a large fp16 matrix product and a large device-to-device copy on a GPU (default: the current one).
+
+    Raises RuntimeError without a CUDA GPU.
+    """
+    import torch
+
+    device = _cuda_device(device)
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    with torch.cuda.device(device):
+        # Random operands: a product of constants toggles fewer bits, draws less power and clocks higher.
+        a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.float16) for _ in range(2))
+        product = torch.empty_like(a)
+        matmul_seconds = _median_seconds(lambda: torch.matmul(a, b, out=product))
+        source = torch.ones(max(MIN_COPY_BYTES, 16 * l2_bytes), device=device, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        copy_seconds = _median_seconds(lambda: target.copy_(source))
+    return Ceilings(peak_ops=2 * MATMUL_SIZE**3 / matmul_seconds, bandwidth=2 * source.numel() / copy_seconds)
+
+
+def probe_processor(device: int | str | None = None) -> Processor:
+    """The GPU at hand (default: the current one) as a Processor with measured ceilings.
+
+    Raises RuntimeError without a CUDA GPU.
+    """
+    import torch
+
+    device = _cuda_device(device)
+    properties = torch.cuda.get_device_properties(device)
+    ceilings = measure_ceilings(device)
+    return Processor(
+        name=properties.name.lower().replace(" ", "-"),
+        title=properties.name,
+        peak_ops=ceilings.peak_ops,
+        bandwidth=ceilings.bandwidth,
+        compute_capability=(properties.major, properties.minor),
+        processors=properties.multi_processor_count,
+        local_memory_bytes=properties.shared_memory_per_block_optin,
+        global_memory_bytes=properties.L2_cache_size,
+        global_bandwidth=GLOBAL_TO_DRAM_BANDWIDTH * ceilings.bandwidth,
+        registers_per_processor=properties.regs_per_multiprocessor,
+        source="measured",
+    )
+
+
+@cache
+def processor_of(device: int | str | None = None) -> Processor:
+    """The known processor that the GPU at hand is, by its name; any other GPU is probed once.
+
+    Raises RuntimeError without a CUDA GPU.
+    """
+    import torch
+
+    device = _cuda_device(device)
+    title = torch.cuda.get_device_properties(device).name.lower().replace(" ", "")
+    known = (processor for processor in PROCESSORS.values() if processor.name in title)
+    return next(known, None) or probe_processor(device)
+
+
+def _cuda_device(device: int | str | None):
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "measuring ceilings needs a CUDA GPU and none is available; use a processor of "
+            "fusion.planner.processor.PROCESSORS instead"
+        )
+    if device is None:
+        device = torch.cuda.current_device()
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type != "cuda":
+        raise RuntimeError(f"measuring ceilings needs a CUDA GPU, got device {device}")
+    return device
+
+
+def _median_seconds(run: Callable[[], object], warmup: int = 10, iterations: int = 30) -> float:
+    import torch
+
+    for _ in range(warmup):
+        run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(iterations + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(stop) for start, stop in pairwise(marks)) / 1e3

@@ -1,0 +1,29 @@
+"""Blocks in plain PyTorch: what the operators compute on a CPU, and what kernels are judged by in float64."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
+
+
+def convfirst(
+    x: Tensor,
+    conv: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+    activation: str,
+    residual: bool,
+) -> Tensor:
+    """ConvFirst block (section 5.3) of `x` `[N, C, H, W]` in the dtype of `x`: `[N, K, H, W]`.
+
+    Weights as in `fusion.weights.ConvFirstWeights`, of any dtype; the arithmetic is that of `x`.
+    """
+    conv, expand, expand_bias, project, project_bias = (
+        w.to(x.dtype) for w in (conv, expand, expand_bias, project, project_bias)
+    )
+    y = F.conv2d(x, conv, padding=1, groups=x.shape[1] // conv.shape[1])
+    h = ACTIVATIONS[activation](F.conv2d(y, expand[:, :, None, None], expand_bias))
+    z = F.conv2d(h, project[:, :, None, None], project_bias)
+    return x + z if residual else z

@@ -1,0 +1,146 @@
+"""Weights of a block: batch norm folded in float64, then packed once into the layout that a kernel reads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fusion.planner.tile import ConvFirstTile
+
+
+def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight `[K, T, R, S]` and bias `[K]`, in float64, of the convolution that equals `conv` followed by `bn`.
+
+    Uses the running statistics, as `bn` does in eval mode. Raises ValueError if there are none.
+    """
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError(
+            "batch norm without running statistics cannot be folded: it normalises by each batch's own; build it with "
+            "track_running_stats=True, or leave the block unfused"
+        )
+    weight = conv.weight.detach().double()
+    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.detach().double()
+    gamma = torch.ones_like(bias) if bn.weight is None else bn.weight.detach().double()
+    beta = torch.zeros_like(bias) if bn.bias is None else bn.bias.detach().double()
+    scale = gamma / torch.sqrt(bn.running_var.double() + bn.eps)
+    return weight * scale[:, None, None, None], beta + (bias - bn.running_mean.double()) * scale
+
+
+@dataclass(frozen=True)
+class ConvFirstWeights:
+    """Folded weights of a ConvFirst block, float64: three linear maps and one activation.
+
+    `conv` is `[C, T, 3, 3]` with group width T, `expand` `[hidden, C]`, `expand_bias` `[hidden]`, `project`
+    `[K, hidden]`, `project_bias` `[K]`. The convolution's bias is part of `expand_bias`: nothing non-linear stands
+    between the two, and the zero padding comes before the convolution.
+    """
+
+    conv: Tensor
+    expand: Tensor
+    expand_bias: Tensor
+    project: Tensor
+    project_bias: Tensor
+
+    @classmethod
+    def fold(
+        cls,
+        conv: nn.Conv2d,
+        conv_bn: nn.BatchNorm2d,
+        expand: nn.Conv2d,
+        expand_bn: nn.BatchNorm2d,
+        project: nn.Conv2d,
+        project_bn: nn.BatchNorm2d,
+    ) -> "ConvFirstWeights":
+        """Fold the layers of a block (section 5.5) into weights that share no memory with them."""
+        conv_weight, conv_bias = fold_batch_norm(conv, conv_bn)
+        expand_weight, expand_bias = fold_batch_norm(expand, expand_bn)
+        project_weight, project_bias = fold_batch_norm(project, project_bn)
+        expand_matrix = expand_weight[:, :, 0, 0]
+        return cls(
+            conv_weight,
+            expand_matrix,
+            expand_bias + expand_matrix @ conv_bias,
+            project_weight[:, :, 0, 0],
+            project_bias,
+        )
+
+    @property
+    def in_channels(self) -> int:
+        return self.conv.shape[0]
+
+    @property
+    def group_width(self) -> int:
+        return self.conv.shape[1]
+
+    @property
+    def hidden_channels(self) -> int:
+        return self.expand.shape[0]
+
+    @property
+    def out_channels(self) -> int:
+        return self.project.shape[0]
+
+    def pack(self, tile: ConvFirstTile, dtype: torch.dtype, device: torch.device | str) -> "PackedConvFirst":
+        """Round once to `dtype` and lay out for `tile`, zero wherever slabs and hidden steps are padded."""
+        in_slabs, out_slabs = tile.in_slabs(self.in_channels), tile.out_slabs(self.out_channels)
+        hidden = tile.padded_hidden(self.hidden_channels)
+        expand = _padded(self.expand.T, sum(in_slabs), hidden)
+        project = _padded(self.project.T, hidden, sum(out_slabs))
+        return PackedConvFirst(
+            _pack_conv(self.conv, in_slabs).to(device, dtype),
+            expand.to(device, dtype),
+            _padded(self.expand_bias[None], 1, hidden)[0].to(device, torch.float32),
+            project.to(device, dtype),
+            _padded(self.project_bias[None], 1, sum(out_slabs))[0].to(device, torch.float32),
+        )
+
+
+@dataclass(frozen=True)
+class PackedConvFirst:
+    """Weights as the ConvFirst kernel reads them, padded to slabs and to steps of the tile.
+
+    `conv` is flat: for each input slab `[9 taps, slab in, slab out]`, zero between groups. `expand` is
+    `[C padded, hidden padded]`, `project` `[hidden padded, K padded]`; the biases are fp32.
+    """
+
+    conv: Tensor
+    expand: Tensor
+    expand_bias: Tensor
+    project: Tensor
+    project_bias: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """In the order of the kernel's and the operator's arguments."""
+        return self.conv, self.expand, self.expand_bias, self.project, self.project_bias
+
+
+def _pack_conv(conv: Tensor, slabs: tuple[int, ...]) -> Tensor:
+    channels, width = conv.shape[:2]
+    # [groups, out, in, 3, 3] -> [groups, taps, in, out]
+    grouped = conv.reshape(-1, width, width, 3, 3).permute(0, 3, 4, 2, 1).reshape(-1, 9, width, width)
+    dense = conv.new_zeros(9, sum(slabs), sum(slabs))
+    for group, start in enumerate(range(0, channels, width)):
+        dense[:, start : start + width, start : start + width] = grouped[group]
+    blocks, start = [], 0
+    for slab in slabs:
+        blocks.append(dense[:, start : start + slab, start : start + slab].flatten())
+        start += slab
+    return torch.cat(blocks)
+
+
+def unpack_conv(packed: Tensor, slabs: tuple[int, ...], channels: int, group_width: int) -> Tensor:
+    """`[C, T, 3, 3]` convolution weight back from its packed form."""
+    groups, offset = [], 0
+    for slab in slabs:
+        dense = packed[offset : offset + 9 * slab * slab].reshape(9, slab, slab)
+        offset += 9 * slab * slab
+        for start in range(0, slab, group_width):
+            groups.append(dense[:, start : start + group_width, start : start + group_width])
+    taps_in_out = torch.stack(groups)[: channels // group_width]
+    return taps_in_out.permute(0, 3, 2, 1).reshape(channels, group_width, 3, 3)
+
+
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    padded = matrix.new_zeros(rows, columns)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return padded

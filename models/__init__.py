@@ -1,0 +1,27 @@
+"""ConvFirstNet and the blocks that it is made of, as plain PyTorch modules."""
+
+from .blurpool import BlurPool
+from .conv_bn_act import ConvBnAct
+from .convfirst import ConvFirst
+from .convfirstnet import ConvFirstNet, ConvFirstNetConfig
+from .drop_path import DropPath
+from .features import FeatureExtractor, FeatureInfo
+from .mbconv import MBConv
+from .registry import create_model, list_models, register_model
+from .squeeze_excite import SqueezeExcite
+
+__all__ = [
+    "BlurPool",
+    "ConvBnAct",
+    "ConvFirst",
+    "ConvFirstNet",
+    "ConvFirstNetConfig",
+    "DropPath",
+    "FeatureExtractor",
+    "FeatureInfo",
+    "MBConv",
+    "SqueezeExcite",
+    "create_model",
+    "list_models",
+    "register_model",
+]

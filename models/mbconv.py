@@ -1,0 +1,68 @@
+"""The MBConv block with squeeze-and-excitation."""
+
+from torch import Tensor, nn
+
+from .blurpool import BlurPool
+from .drop_path import DropPath
+from .grouped_conv import grouped_conv3x3
+from .squeeze_excite import SqueezeExcite
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck with a grouped 3x3 convolution and a squeeze-and-excitation gate on its hidden tensor.
+
+    A. Lavin, On the Efficiency of Convolutional Neural Networks, section 5.4. Each convolution has a bias and a batch
+    norm; the expansion and the grouped convolution are followed by the activation. With stride 2 the output of the
+    grouped convolution is down-sampled by `BlurPool`, ahead of the gate.
+
+    `[N, C, H, W] -> [N, K, ceil(H / stride), ceil(W / stride)]`. The hidden tensor has `expansion * C` channels, the
+    squeeze vector `se_ratio * C`. The residual is added iff the stride is 1 and C == K.
+
+    Raises:
+        ValueError: the stride is neither 1 nor 2, the hidden channels are not a multiple of `group_width`, or the
+            squeeze width comes to less than 1.
+    """
+
+    LINEAR_CONVS = ("project",)
+    """Convolutions that no activation follows, for the scale of fresh weights."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        expansion: int = 4,
+        stride: int = 1,
+        group_width: int = 8,
+        se_ratio: float = 0.25,
+        activation: type[nn.Module] = nn.SiLU,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        if stride not in (1, 2):
+            raise ValueError(f"MBConv has stride 1 or 2, got {stride}; chain blocks for a larger stride")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.hidden_channels = hidden_channels = expansion * in_channels
+        self.stride = stride
+        self.group_width = group_width
+        self.has_residual = stride == 1 and in_channels == out_channels
+
+        self.expand = nn.Conv2d(in_channels, hidden_channels, 1)
+        self.expand_bn = nn.BatchNorm2d(hidden_channels)
+        self.conv = grouped_conv3x3(hidden_channels, group_width, bias=True)
+        self.conv_bn = nn.BatchNorm2d(hidden_channels)
+        self.act = activation()
+        self.blur = BlurPool(hidden_channels) if stride == 2 else None
+        self.se = SqueezeExcite(hidden_channels, round(se_ratio * in_channels))
+        self.project = nn.Conv2d(hidden_channels, out_channels, 1)
+        self.project_bn = nn.BatchNorm2d(out_channels)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.expand_bn(self.expand(x)))
+        y = self.act(self.conv_bn(self.conv(y)))
+        if self.blur is not None:
+            y = self.blur(y)
+        y = self.project_bn(self.project(self.se(y)))
+        return x + self.drop_path(y) if self.has_residual else y

@@ -1,0 +1,97 @@
+import pytest
+
+from fusion.planner.blocks import conv, convfirst, ffn, mbconv
+from fusion.planner.graph import BlockGraph, OpKind, make_op
+from fusion.planner.lower import block_fused, layerwise
+from fusion.planner.program import Memory
+
+
+def local_and_global(program):
+    (kernel,) = program.kernels
+    by_memory = {memory: {t.name for t, m in kernel.placement if m is memory} for memory in Memory}
+    return by_memory[Memory.LOCAL], by_memory[Memory.GLOBAL]
+
+
+@pytest.mark.parametrize(
+    "graph, kernels",
+    [
+        (ffn(1, 8, 8, 16, 2), ["expand", "project"]),
+        (convfirst(1, 8, 8, 16, 2), ["conv", "expand", "project"]),
+        (convfirst(1, 8, 8, 16, 2, stride=2), ["conv", "expand", "project"]),
+        (mbconv(1, 8, 8, 16, 2), ["expand", "conv", "pool", "squeeze", "excite", "gate", "project"]),
+        (mbconv(1, 8, 8, 16, 2, stride=2), ["expand", "conv", "pool", "squeeze", "excite", "gate", "project"]),
+        (conv(1, 8, 8, 3, 16, stride=2, activation="relu"), ["conv"]),
+    ],
+    ids=["ffn", "convfirst", "convfirst-s2", "mbconv", "mbconv-s2", "conv"],
+)
+def test_layerwise_is_one_kernel_per_costed_op(graph, kernels):
+    program = layerwise(graph)
+    assert [kernel.name for kernel in program.kernels] == kernels
+    fused = block_fused(graph)
+    assert len(fused.kernels) == 1
+    assert program.ops_count == fused.ops_count == graph.ops_count
+    io = sum(tensor.size for tensor in (*graph.inputs, *graph.weights(), *graph.outputs))
+    assert fused.bytes == 2 * io
+    assert program.bytes >= fused.bytes
+
+
+def test_layerwise_bytes_by_hand():
+    x = 2 * 8 * 8 * 16
+    kernels = layerwise(convfirst(2, 8, 8, 16, 3)).kernels
+    assert [kernel.bytes // 2 for kernel in kernels] == [
+        2 * x + 16 * 8 * 9,
+        x + 3 * x + 16 * 48,
+        3 * x + 48 * 16 + x + x,
+    ]
+
+
+def test_residual_costs_a_read_layerwise_and_nothing_fused():
+    plain, residual = (convfirst(4, 8, 8, 16, 3, residual=flag) for flag in (False, True))
+    assert layerwise(residual).bytes - layerwise(plain).bytes == 2 * residual.inputs[0].size
+    assert block_fused(residual).bytes == block_fused(plain).bytes
+
+
+def test_out_channels_other_than_in_channels():
+    graph = convfirst(2, 8, 8, 16, 3, out_channels=40)
+    pixels = 2 * 8 * 8
+    assert graph.ops_count == 2 * pixels * (16 * 8 * 9 + 16 * 48 + 48 * 40)
+    assert block_fused(graph).bytes == 2 * (pixels * (16 + 40) + 16 * 8 * 9 + 16 * 48 + 48 * 40)
+
+
+def test_convfirst_keeps_hidden_tensors_local_and_walks_hidden_channels():
+    program = block_fused(convfirst(1, 8, 8, 16, 2), pixel_tile=(4, 8), hidden_tile=16)
+    assert local_and_global(program) == ({"conv.out", "expand.out", "activation.out", "project.out"}, set())
+    (kernel,) = program.kernels
+    assert kernel.partition.dims == (("N", 1), ("H", 4), ("W", 8))
+    (loop,) = kernel.loops
+    assert (loop.tensor, loop.dims) == ("expand.out", (("C", 16),))
+    assert loop.streams == ("expand.weight", "project.weight")
+    assert loop.through == (Memory.GLOBAL, Memory.LOCAL)
+
+
+def test_mbconv_divides_hidden_channels_and_meets_in_global_memory():
+    program = block_fused(mbconv(1, 16, 16, 32, 4), hidden_tile=64)
+    local, shared = local_and_global(program)
+    assert shared == {"squeeze.out", "project.out"}
+    assert {"expand.out", "conv.out", "pool.out", "excite.out", "gate.out"} <= local
+    (kernel,) = program.kernels
+    assert (kernel.partition.tensor, kernel.partition.dims) == ("expand.out", (("N", 1), ("C", 64)))
+    assert kernel.loops == ()
+
+
+def test_tiles_must_suit_the_block():
+    with pytest.raises(ValueError, match="give hidden_tile only"):
+        block_fused(mbconv(1, 16, 16, 32, 4), pixel_tile=(8, 8))
+    with pytest.raises(ValueError, match="use a multiple of 8"):
+        block_fused(mbconv(1, 16, 16, 32, 4), hidden_tile=12)
+    with pytest.raises(ValueError, match="has no hidden channels"):
+        block_fused(conv(1, 8, 8, 16), hidden_tile=16)
+
+
+def test_a_pooling_head_has_no_fused_program():
+    head = conv(1, 8, 8, 16, 32, kernel_size=1)
+    pool = make_op(OpKind.GLOBAL_AVERAGE_POOL, "pool", head.outputs)
+    graph = BlockGraph("head", (*head.ops, pool), head.inputs, (pool.output,))
+    with pytest.raises(ValueError, match="use the layerwise program"):
+        block_fused(graph)
+    assert len(layerwise(graph).kernels) == 2

@@ -1,16 +1,20 @@
 """Inference twins of blocks: modules with folded weights that run a block as one operator."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from fusion import ops
 from fusion.planner.blocks import convfirst as convfirst_graph
+from fusion.planner.graph import BlockGraph
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import Processor
 from fusion.planner.tile import ConvFirstTile
 from fusion.weights import ConvFirstWeights, PackedConvFirst
+
+Tuner = Callable[[BlockGraph, str | Processor], Plan]
+"""Makes the plan of a block on a processor: `plan_block` from shapes, `fusion.tuner.tune_block` by measurement."""
 
 REFERENCE_PROCESSOR = "h200"
 """Whose plan lays out the weights where no kernel runs, on CPUs."""
@@ -20,14 +24,14 @@ class FusedConvFirst(nn.Module):
     """ConvFirst block of stride 1 for inference: `[N, C, H, W] -> [N, K, H, W]`, channels_last.
 
     Takes fp16 and bf16 on GPUs and any floating dtype on CPUs, where it computes the reference. The plan is made at the
-    first input of each shape; `tuner` (anything with the signature of `plan_block`) may make it by measurement.
+    first input of each shape, by `tuner`.
     Weights are packed at the first use of a layout. The module has no parameters and keeps no link to the block that it
     was folded from: fold again after training or loading.
 
     Raises (in `forward`): what `fusion.ops.convfirst` raises, and PlanError when no tile fits the input's shape.
     """
 
-    def __init__(self, weights: ConvFirstWeights, *, activation: str, residual: bool, tuner=plan_block):
+    def __init__(self, weights: ConvFirstWeights, *, activation: str, residual: bool, tuner: Tuner = plan_block):
         super().__init__()
         self.weights = weights
         self.activation = activation
@@ -62,17 +66,16 @@ class FusedConvFirst(nn.Module):
             raise ValueError(
                 f"FusedConvFirst: the input must be [N, {self.weights.in_channels}, H, W], got {list(x.shape)}"
             )
-        tile = self.plan(x).tile
-        packed = self._pack(tile, x)
+        tile, packed = self._layout(x)
         return ops.convfirst(
             x,
-            *packed.tensors(),
+            *packed,
             self.weights.hidden_channels,
             self.weights.out_channels,
             self.weights.group_width,
             self.activation,
             self.residual,
-            tile.to_ints(),
+            tile,
         )
 
     def extra_repr(self) -> str:
@@ -81,6 +84,12 @@ class FusedConvFirst(nn.Module):
             f"{weights.in_channels}, {weights.out_channels}, hidden_channels={weights.hidden_channels}, "
             f"group_width={weights.group_width}, activation={self.activation!r}, residual={self.residual}"
         )
+
+    @torch.compiler.assume_constant_result
+    def _layout(self, x: Tensor) -> tuple[list[int], tuple[Tensor, ...]]:
+        """Tile and packed weights for inputs like `x`: constants to torch.compile, which cannot trace the planner."""
+        tile = self.plan(x).tile
+        return tile.to_ints(), self._pack(tile, x).tensors()
 
     def _pack(self, tile: ConvFirstTile, x: Tensor) -> PackedConvFirst:
         key = (x.device, x.dtype, tile.conv_slab, tile.hidden)

@@ -54,6 +54,7 @@ def convfirst(
             f"fusion::convfirst: a residual of {x.shape[1]} input channels cannot be added to {out_channels} output "
             "channels; they must be equal, or pass residual=False"
         )
+    x = x.contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu":
         out = reference.convfirst(
             x,
@@ -69,7 +70,6 @@ def convfirst(
 
     from fusion.triton_kernels.convfirst import convfirst_kernel, launch
 
-    x = x.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = x.shape
     out = torch.empty(
         (batch, out_channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
@@ -134,6 +134,8 @@ def _check(
     if group_width < 1 or in_channels % group_width:
         raise ValueError(f"fusion::convfirst: {in_channels} channels do not divide into groups of {group_width}")
     in_slabs = tile.in_slabs(in_channels)
+    if any(slab % group_width for slab in in_slabs):
+        raise ValueError(f"fusion::convfirst: slabs {in_slabs} of {tile!r} split groups of {group_width} channels")
     in_padded, out_padded = sum(in_slabs), sum(tile.out_slabs(out_channels))
     hidden = tile.padded_hidden(hidden_channels)
     weight_dtype = x.dtype if x.device.type == "cuda" else None

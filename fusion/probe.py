@@ -29,7 +29,7 @@ def measure_ceilings(device: int | str | None = None) -> Ceilings:
     """
     import torch
 
-    device = _cuda_device(device)
+    device = cuda_device(device)
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     with torch.cuda.device(device):
         # Random operands: a product of constants toggles fewer bits, draws less power and clocks higher.
@@ -49,7 +49,7 @@ def probe_processor(device: int | str | None = None) -> Processor:
     """
     import torch
 
-    device = _cuda_device(device)
+    device = cuda_device(device)
     properties = torch.cuda.get_device_properties(device)
     ceilings = measure_ceilings(device)
     return Processor(
@@ -75,26 +75,28 @@ def processor_of(device: int | str | None = None) -> Processor:
     """
     import torch
 
-    device = _cuda_device(device)
+    device = cuda_device(device)
     title = torch.cuda.get_device_properties(device).name.lower().replace(" ", "")
     known = (processor for processor in PROCESSORS.values() if processor.name in title)
     return next(known, None) or probe_processor(device)
 
 
-def _cuda_device(device: int | str | None):
+def cuda_device(device=None):
+    """A GPU as a `torch.device` with an index; by default the current one.
+
+    Raises RuntimeError without a CUDA GPU, and for a device that is none.
+    """
     import torch
 
     if not torch.cuda.is_available():
         raise RuntimeError(
-            "measuring ceilings needs a CUDA GPU and none is available; use a processor of "
-            "fusion.planner.processor.PROCESSORS instead"
+            "measuring needs a CUDA GPU and none is available; plan from shapes instead, with a processor of "
+            "fusion.planner.processor.PROCESSORS"
         )
-    if device is None:
-        device = torch.cuda.current_device()
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
     if device.type != "cuda":
-        raise RuntimeError(f"measuring ceilings needs a CUDA GPU, got device {device}")
-    return device
+        raise RuntimeError(f"measuring needs a CUDA GPU, got device {device}")
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
 def _median_seconds(run: Callable[[], object], warmup: int = 10, iterations: int = 30) -> float:

@@ -81,8 +81,16 @@ class ConvFirstWeights:
         return self.project.shape[0]
 
     def pack(self, tile: ConvFirstTile, dtype: torch.dtype, device: torch.device | str) -> "PackedConvFirst":
-        """Round once to `dtype` and lay out for `tile`, zero wherever slabs and hidden steps are padded."""
+        """Round once to `dtype` and lay out for `tile`, zero wherever slabs and hidden steps are padded.
+
+        Raises ValueError for a tile whose slabs split a group.
+        """
         in_slabs, out_slabs = tile.in_slabs(self.in_channels), tile.out_slabs(self.out_channels)
+        if any(slab % self.group_width for slab in in_slabs):
+            raise ValueError(
+                f"weights cannot be packed for {tile!r}: slabs {in_slabs} split groups of {self.group_width} channels; "
+                "use a tile with a wider conv_slab"
+            )
         hidden = tile.padded_hidden(self.hidden_channels)
         expand = _padded(self.expand.T, sum(in_slabs), hidden)
         project = _padded(self.project.T, hidden, sum(out_slabs))

@@ -6,6 +6,7 @@ from .convfirst import ConvFirst
 from .convfirstnet import ConvFirstNet, ConvFirstNetConfig
 from .drop_path import DropPath
 from .features import FeatureExtractor, FeatureInfo
+from .fused import fuse_blocks
 from .mbconv import MBConv
 from .registry import create_model, list_models, register_model
 from .squeeze_excite import SqueezeExcite
@@ -22,6 +23,7 @@ __all__ = [
     "MBConv",
     "SqueezeExcite",
     "create_model",
+    "fuse_blocks",
     "list_models",
     "register_model",
 ]

@@ -3,9 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from fusion.modules import FusedConvFirst, Tuner
+from fusion.planner.plan import PlanError, plan_block
+from fusion.weights import ConvFirstWeights
+
 from .blurpool import BlurPool
 from .drop_path import DropPath
 from .grouped_conv import grouped_conv3x3
+
+ACTIVATION_NAMES = {nn.ReLU: "relu", nn.SiLU: "silu"}
 
 
 class ConvFirst(nn.Module):
@@ -55,6 +61,29 @@ class ConvFirst(nn.Module):
         self.project = nn.Conv2d(hidden_channels, out_channels, 1, bias=False)
         self.project_bn = nn.BatchNorm2d(out_channels)
         self.drop_path = DropPath(drop_path)
+
+    def fused(self, tuner: Tuner = plan_block) -> FusedConvFirst:
+        """The block's inference twin: batch norm folded, one kernel.
+
+        It takes `[N, C, H, W]` in fp16 or bf16 on GPUs and any floating dtype on CPUs. `tuner` chooses the kernel's
+        tile; `fusion.tuner.tune_block` does so by measurement.
+
+        Raises:
+            PlanError: no kernel runs this block, for example because its stride is 2.
+            RuntimeError: the block is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("a block in training mode cannot be fused; call eval() first")
+        activation = ACTIVATION_NAMES.get(type(self.act))
+        if self.stride != 1 or activation is None:
+            raise PlanError(
+                f"no fused kernel runs ConvFirst with stride {self.stride} and {type(self.act).__name__}; supported are "
+                f"stride 1 and {' or '.join(kind.__name__ for kind in ACTIVATION_NAMES)}: run the block in eager mode"
+            )
+        weights = ConvFirstWeights.fold(
+            self.conv, self.conv_bn, self.expand, self.expand_bn, self.project, self.project_bn
+        )
+        return FusedConvFirst(weights, activation=activation, residual=self.has_residual, tuner=tuner)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv_bn(self.conv(x))

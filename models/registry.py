@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from .fused import fuse_blocks
+
 EntryPoint = Callable[..., nn.Module]
 
 _ENTRY_POINTS: dict[str, EntryPoint] = {}
@@ -29,13 +31,15 @@ def list_models(filter: str = "") -> list[str]:
     return sorted(name for name in _ENTRY_POINTS if fnmatchcase(name, filter or "*"))
 
 
-def create_model(name: str, *, num_classes: int = 1000, in_chans: int = 3, **kwargs) -> nn.Module:
+def create_model(name: str, *, num_classes: int = 1000, in_chans: int = 3, fused: bool = False, **kwargs) -> nn.Module:
     """Build a registered model with fresh weights.
 
     Args:
         name: one of `list_models()`.
         num_classes: width of the logits; 0 leaves the classifier out.
         in_chans: channels of the input image.
+        fused: build the inference network, in eval mode with its blocks fused (`models.fuse_blocks`). Blocks that
+            have no kernel stay eager; a logged warning and the attribute `left_eager` say which.
         **kwargs: passed on to the entry point, for example `features_only=True` or `drop_rate=0.1`.
 
     Raises:
@@ -45,4 +49,5 @@ def create_model(name: str, *, num_classes: int = 1000, in_chans: int = 3, **kwa
         close = get_close_matches(name, _ENTRY_POINTS)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(f"no model is named {name!r}.{hint} Registered models: {', '.join(list_models())}")
-    return _ENTRY_POINTS[name](num_classes=num_classes, in_chans=in_chans, **kwargs)
+    model = _ENTRY_POINTS[name](num_classes=num_classes, in_chans=in_chans, **kwargs)
+    return fuse_blocks(model) if fused else model

@@ -99,9 +99,7 @@ class Plan:
 
 def ranked_tiles(shape: ConvFirstShape, processor: Processor) -> list[ConvFirstTile]:
     """All valid candidates, the best prediction first."""
-    return sorted(
-        candidate_tiles(shape, processor), key=lambda tile: round(predicted_us(tile, shape, processor), 2)
-    )
+    return sorted(candidate_tiles(shape, processor), key=lambda tile: round(predicted_us(tile, shape, processor), 2))
 
 
 def convfirst_shape(graph: BlockGraph) -> ConvFirstShape:

@@ -163,6 +163,26 @@ def convfirst_kernel(
         tl.store(pixels, zs[i].to(dtype), mask=inside[:, None] & (k < K)[None, :])
 
 
+def constants(
+    in_channels: int, hidden_channels: int, out_channels: int, *, activation: str, residual: bool, tile: ConvFirstTile
+) -> dict[str, object]:
+    """Compile-time arguments of the kernel, by name, for a block with these channels and this tile."""
+    return {
+        "C": in_channels,
+        "HIDDEN": tile.padded_hidden(hidden_channels),
+        "K": out_channels,
+        "RESIDUAL": residual,
+        "ACTIVATION": activation,
+        "IN_SLABS": tile.in_slabs(in_channels),
+        "OUT_SLABS": tile.out_slabs(out_channels),
+        "TILE_H": tile.height,
+        "TILE_W": tile.width,
+        "TILE_HIDDEN": tile.hidden,
+        "CONV_STAGES": tile.conv_stages,
+        "FFN_STAGES": tile.ffn_stages,
+    }
+
+
 def launch(
     x,
     conv,
@@ -193,17 +213,6 @@ def launch(
         out,
         height,
         width,
-        C=in_channels,
-        HIDDEN=expand.shape[1],
-        K=out.shape[1],
-        RESIDUAL=residual,
-        ACTIVATION=activation,
-        IN_SLABS=tile.in_slabs(in_channels),
-        OUT_SLABS=tile.out_slabs(out.shape[1]),
-        TILE_H=tile.height,
-        TILE_W=tile.width,
-        TILE_HIDDEN=tile.hidden,
-        CONV_STAGES=tile.conv_stages,
-        FFN_STAGES=tile.ffn_stages,
+        **constants(in_channels, expand.shape[1], out.shape[1], activation=activation, residual=residual, tile=tile),
         num_warps=tile.warps,
     )

@@ -1,0 +1,64 @@
+"""`python -m fusion.bench`: one subcommand per module, imported for its arguments only.
+
+A subcommand's module has `register(subparsers)`, which adds its parser and sets `func`, the function that runs it and
+returns the exit code. It imports torch in that function, so that help and analysis are quick.
+"""
+
+import argparse
+import os
+import sys
+
+from fusion.bench import convfirst, waterline
+
+SUBCOMMANDS = (convfirst, waterline)
+
+DESCRIPTION = """\
+Measure and analyse blocks of convolutional networks: layer by layer, and fused into one kernel.
+
+Latencies are in microseconds, throughput in TFLOP/s (a multiply-accumulate is two FLOPs), traffic in bytes.
+"""
+
+EXAMPLES = """\
+examples:
+  python -m fusion.bench convfirst                      the paper's ConvFirst blocks: eager, Inductor, fused
+  python -m fusion.bench waterline                      their minimum latencies, and MBConv's, on the paper's GPU
+  python -m fusion.bench waterline --processor h200     the same on another GPU
+  python -m fusion.bench COMMAND --help                 what a command does, and its options
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusion.bench",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for subcommand in SUBCOMMANDS:
+        subcommand.register(subparsers)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line (default: the process's) and return its exit code: 2 for an error of the user's."""
+    args = build_parser().parse_args(argv)
+    try:
+        code = args.func(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader, `head` for example, has what it wants; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        print("fusion.bench: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fusion.bench: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The blocks that the paper measures and analyses, and what it measured (bench/paper has the same as CSV)."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fusion.planner import blocks
+from fusion.planner.graph import BlockGraph
+
+BLOCK_TYPES = {"convfirst": blocks.convfirst, "mbconv": blocks.mbconv}
+
+
+class BlockSyntaxError(argparse.ArgumentTypeError, ValueError):
+    """A block was written in another form than `parse_block` reads."""
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A block of stride 1: its type, input channels C, expansion ratio alpha, and height = width in pixels."""
+
+    block: str
+    channels: int
+    alpha: int
+    hw: int
+
+    @property
+    def label(self) -> str:
+        """C, alpha and image size, short enough for an axis."""
+        return f"{self.channels}, α {self.alpha}, {self.hw}²"
+
+    def graph(self, batch: int, dtype: str = "float16") -> BlockGraph:
+        """The block as a graph. Raises ValueError for sizes that do not fit together."""
+        constructor = BLOCK_TYPES[self.block]
+        return constructor(batch, self.hw, self.hw, self.channels, self.alpha, dtype=dtype)
+
+    def __str__(self) -> str:
+        return f"{self.block}:{self.channels},{self.alpha},{self.hw}"
+
+
+@dataclass(frozen=True)
+class PaperResult:
+    """The paper's measurement of a block at batch 128 in fp16 on an RTX A5000 of 76.7 TFLOP/s and 480 GB/s.
+
+    `speedup` is Inductor's time over that of the fused kernel.
+    """
+
+    inductor_tflops: float
+    inductor_pct_peak: float
+    fused_tflops: float
+    fused_pct_peak: float
+    speedup: float
+
+
+PAPER_TABLE1: dict[BlockConfig, PaperResult] = {
+    BlockConfig("convfirst", 16, 3, 128): PaperResult(1.9, 2.5, 26.9, 35.1, 14.2),
+    BlockConfig("convfirst", 32, 3, 128): PaperResult(3.6, 4.7, 35.7, 46.6, 9.9),
+    BlockConfig("convfirst", 32, 6, 64): PaperResult(3.9, 5.1, 51.3, 66.9, 13.2),
+    BlockConfig("convfirst", 48, 6, 64): PaperResult(6.4, 8.4, 54.9, 71.6, 8.6),
+    BlockConfig("convfirst", 64, 6, 64): PaperResult(8.3, 10.9, 58.4, 76.2, 7.0),
+    BlockConfig("convfirst", 48, 6, 32): PaperResult(6.1, 8.0, 51.3, 67.0, 8.4),
+    BlockConfig("convfirst", 64, 6, 32): PaperResult(8.3, 10.8, 56.7, 74.0, 6.8),
+    BlockConfig("convfirst", 96, 6, 32): PaperResult(11.8, 15.4, 52.6, 68.7, 4.5),
+}
+
+TABLE1: tuple[BlockConfig, ...] = tuple(PAPER_TABLE1)
+"""The ConvFirst blocks that the paper times (table 1, figure 13)."""
+
+FIGURE8: tuple[BlockConfig, ...] = (TABLE1[0], BlockConfig("convfirst", 24, 3, 128), *TABLE1[1:])
+"""The ConvFirst blocks of the paper's waterline analysis."""
+
+FIGURE12: tuple[BlockConfig, ...] = tuple(
+    BlockConfig("mbconv", channels, 4, hw) for hw in (16, 8) for channels in (128, 144, 160, 192, 256)
+)
+"""The MBConv blocks, with squeeze-and-excitation, of the paper's waterline analysis."""
+
+
+def parse_block(text: str, types: Sequence[str] = ("convfirst",)) -> BlockConfig:
+    """Read a block written `[TYPE:]C,ALPHA,HW`, where TYPE is one of `types` and defaults to the first.
+
+    Raises BlockSyntaxError, a ValueError whose message argparse shows when this is the `type` of an argument.
+    """
+    name, colon, sizes = text.rpartition(":")
+    name = name.strip() if colon else types[0]
+    if name not in types:
+        raise BlockSyntaxError(f"block {text!r} is of type {name!r}; supported here: {', '.join(types)}")
+    numbers = [size.strip() for size in sizes.split(",")]
+    if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise BlockSyntaxError(
+            f"block {text!r} is not C,ALPHA,HW: give channels, expansion ratio and height = width as three positive "
+            "integers, for example 64,6,32"
+        )
+    return BlockConfig(name, *map(int, numbers))

@@ -1,0 +1,202 @@
+"""Compile kernels ahead of time, on a machine with or without a GPU, and read what the compiler made of them.
+
+`python -m fusion.triton_kernels.ahead --block 64,6,64 --capability 8.0 9.0` prints registers, spills, shared memory and
+matrix instructions of each combination.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusion.planner.blocks import convfirst
+from fusion.planner.match import ConvFirstShape
+from fusion.planner.plan import convfirst_shape, plan_block
+from fusion.planner.tile import ConvFirstTile, why_unsupported
+from fusion.triton_kernels.convfirst import constants, convfirst_kernel
+
+PROCESSOR_OF_CAPABILITY = {
+    (8, 0): "a100",
+    (8, 6): "a5000",
+    (8, 9): "rtx4090",
+    (9, 0): "h200",
+    (10, 0): "h200",
+    (12, 0): "rtx4090",
+}
+"""For whom the tile is planned: an older processor with the same local memory where the planner knows none."""
+POINTER_TYPES = {"float16": "*fp16", "bfloat16": "*bf16"}
+POINTER_ALIGNMENT = 16
+"""Of PyTorch's allocations, in bytes. The compiler must know it to load and copy 16 bytes at a time."""
+WARP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel uses, and instructions in its code.
+
+    `registers` are 32-bit and counted per thread, as are the `stack_bytes`, where registers spill to. `shared_bytes`
+    and `tensor_columns` are per program: of the tensor memory that sm_100 has, 512 columns are all there are. The rest
+    counts instructions: matrix products of sm_80 (`hmma`), sm_90 (`hgmma`) and sm_100 (`utchmma`), and `wide_copies`,
+    asynchronous copies of 16 bytes from global to shared memory.
+    """
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    tensor_columns: int
+    hmma: int
+    hgmma: int
+    utchmma: int
+    wide_copies: int
+
+
+def compile_convfirst(
+    shape: ConvFirstShape, tile: ConvFirstTile, compute_capability: tuple[int, int] = (9, 0)
+) -> Resources:
+    """Compile the ConvFirst kernel for a block, a tile and a compute capability; no GPU is needed.
+
+    Raises ValueError for a block that no tile runs, and RuntimeError under TRITON_INTERPRET=1. A tile that asks for
+    more than a GPU has may compile: compare the result with the GPU's memories.
+    """
+    if not isinstance(convfirst_kernel, triton.JITFunction):
+        raise RuntimeError(
+            "kernels cannot be compiled ahead of time under TRITON_INTERPRET=1, where Triton interprets them; unset it "
+            "before Triton is imported, for example in a subprocess"
+        )
+    unsupported = why_unsupported(shape)
+    if unsupported:
+        raise ValueError(f"the ConvFirst kernel does not run {shape}: {unsupported}")
+    values = constants(
+        shape.in_channels,
+        shape.hidden_channels,
+        shape.out_channels,
+        activation=shape.activation,
+        residual=shape.residual,
+        tile=tile,
+    )
+    signature = {name: _argument_type(name, values, shape.dtype) for name in convfirst_kernel.arg_names}
+    position = {name: (index,) for index, name in enumerate(signature)}
+    source = ASTSource(
+        convfirst_kernel,
+        signature,
+        {position[name]: value for name, value in values.items()},
+        {
+            position[name]: [["tt.divisibility", POINTER_ALIGNMENT]]
+            for name, argument_type in signature.items()
+            if argument_type.startswith("*")
+        },
+    )
+    major, minor = compute_capability
+    target = GPUTarget("cuda", 10 * major + minor, WARP_SIZE)
+    return _resources(triton.compile(source, target=target, options={"num_warps": tile.warps}))
+
+
+def _argument_type(name: str, values: dict[str, object], dtype: str) -> str:
+    if name in values:
+        return "constexpr"
+    if name.endswith("_bias_ptr"):
+        return "*fp32"
+    return POINTER_TYPES[dtype] if name.endswith("_ptr") else "i32"
+
+
+def _resources(compiled) -> Resources:
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _dump(compiled.asm["cubin"], "-res-usage"))
+    code = _dump(compiled.asm["cubin"], "-sass")
+    # "/*0120*/  @!P0 LDGSTS.E.BYPASS.128 [R1], ...": address, maybe a predicate, then the instruction.
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code)
+    kinds = Counter(instruction.split(".")[0] for instruction in instructions)
+    return Resources(
+        registers=int(usage[1]),
+        stack_bytes=int(usage[2]),
+        shared_bytes=compiled.metadata.shared,
+        tensor_columns=compiled.metadata.tmem_size,
+        hmma=kinds["HMMA"],
+        hgmma=kinds["HGMMA"],
+        utchmma=kinds["UTCHMMA"],
+        wide_copies=sum(name.startswith("LDGSTS") and name.endswith(".128") for name in instructions),
+    )
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _compile_row(
+    block: tuple[int, int, int], capability: tuple[int, int], tile: ConvFirstTile | None
+) -> dict[str, object]:
+    channels, expansion, size = block
+    graph = convfirst(128, size, size, channels, expansion)
+    if tile is None:
+        tile = plan_block(graph, PROCESSOR_OF_CAPABILITY[capability]).tile
+    resources = compile_convfirst(convfirst_shape(graph), tile, capability)
+    return {"block": block, "capability": capability, "tile": tile.to_ints(), **asdict(resources)}
+
+
+def _ints(text: str, separator: str = ",") -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(separator))
+
+
+def _block(text: str) -> tuple[int, ...]:
+    block = _ints(text)
+    if len(block) != 3:
+        raise argparse.ArgumentTypeError(f"a block is CHANNELS,EXPANSION,SIZE, got {text!r}")
+    return block
+
+
+def _tile(text: str) -> ConvFirstTile:
+    try:
+        return ConvFirstTile(*_ints(text))
+    except TypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} does not have the fields of ConvFirstTile, 5 to 7") from None
+
+
+def _capability(text: str) -> tuple[int, ...]:
+    capability = _ints(text, ".")
+    if capability not in PROCESSOR_OF_CAPABILITY:
+        known = ", ".join(f"{major}.{minor}" for major, minor in PROCESSOR_OF_CAPABILITY)
+        raise argparse.ArgumentTypeError(f"compute capability {text} is not supported, use one of {known}")
+    return capability
+
+
+def _table(rows: list[dict[str, object]]) -> str:
+    header = list(rows[0])
+    cells = [header, *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in cells)
+
+
+def _cell(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compile every block for every compute capability and print a table, or JSON, with a row for each."""
+    parser = argparse.ArgumentParser(prog="python -m fusion.triton_kernels.ahead", description=main.__doc__)
+    parser.add_argument("--block", type=_block, nargs="+", required=True, metavar="CHANNELS,EXPANSION,SIZE")
+    parser.add_argument("--capability", type=_capability, nargs="+", default=[(9, 0)], metavar="MAJOR.MINOR")
+    parser.add_argument("--tile", type=_tile, help="fields of ConvFirstTile with commas; default: the planner's choice")
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    options = parser.parse_args(arguments)
+    rows = [
+        _compile_row(block, capability, options.tile)
+        for block, capability in product(options.block, options.capability)
+    ]
+    print(json.dumps(rows) if options.json else _table(rows))
+
+
+if __name__ == "__main__":
+    main()

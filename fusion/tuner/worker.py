@@ -1,0 +1,173 @@
+"""The tuner's worker process: compiles, checks and times one tile after the other.
+
+`python -m fusion.tuner.worker DEVICE` reads requests from standard input, on each line a JSON object with the arguments
+of `answer`, and replies with a JSON object on a line of standard output. It is a process of its own because a tile that
+makes the compiler or the GPU fail takes its process with it. `DEVICE` has an index, as in cuda:0.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from fusion import reference
+from fusion.planner.match import ConvFirstShape
+from fusion.planner.tile import ConvFirstTile
+from fusion.timing import graph_us
+from fusion.triton_kernels.convfirst import launch
+from fusion.weights import ConvFirstWeights
+
+DEPTH = 8
+"""Blocks of the timed stage, with distinct weights: so weights are not hot in L2 between replays."""
+CHECKED_IMAGES = 2
+ERROR_FACTOR = 2.0
+"""Largest error, as a multiple of eager PyTorch's in the same dtype."""
+
+
+@dataclass
+class Bench:
+    """Random weights and inputs of a block, and what is measured on them."""
+
+    shape: ConvFirstShape
+    device: torch.device
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.shape.dtype)
+
+    @cached_property
+    def weights(self) -> list[ConvFirstWeights]:
+        generator = torch.Generator().manual_seed(0)
+        return [random_weights(self.shape, generator) for _ in range(DEPTH)]
+
+    @cached_property
+    def x(self) -> Tensor:
+        """[N, C, H, W], channels_last."""
+        shape = self.shape
+        generator = torch.Generator(self.device).manual_seed(0)
+        x = torch.randn(
+            shape.batch, shape.height, shape.width, shape.in_channels, device=self.device, generator=generator
+        )
+        return x.to(self.dtype).permute(0, 3, 1, 2)
+
+    @cached_property
+    def checked(self) -> Tensor:
+        """First and last images, where a kernel's edges are."""
+        return torch.cat([self.x[: CHECKED_IMAGES // 2], self.x[-(CHECKED_IMAGES // 2) :]])
+
+    @cached_property
+    def expected(self) -> Tensor:
+        return self._reference(self.checked.double())
+
+    @cached_property
+    def eager_error(self) -> float:
+        return self._error(self._reference(self.checked))
+
+    def error(self, tile: ConvFirstTile) -> float:
+        """Relative error of the first and last images; infinite if any element is not written or not finite."""
+        out = self._empty_output()
+        self._run(self.weights[0], tile)(self.x, out)
+        if not out.isfinite().all():
+            return float("inf")
+        checked = torch.cat([out[: CHECKED_IMAGES // 2], out[-(CHECKED_IMAGES // 2) :]])
+        return self._error(checked)
+
+    def us(self, tile: ConvFirstTile) -> float:
+        """Microseconds a block of a stage of `DEPTH` blocks."""
+        runs = [self._run(weights, tile) for weights in self.weights]
+        outs = [self._empty_output() for _ in range(2)]
+        is_chain = self.shape.in_channels == self.shape.out_channels
+
+        def stage() -> None:
+            x = self.x
+            for i, run in enumerate(runs):
+                run(x, outs[i % 2])
+                x = outs[i % 2] if is_chain else self.x
+
+        return graph_us(stage) / DEPTH
+
+    def _empty_output(self) -> Tensor:
+        # NaN tells elements that the kernel does not write.
+        batch, _, height, width = self.x.shape
+        out = torch.full(
+            (batch, height, width, self.shape.out_channels), float("nan"), dtype=self.dtype, device=self.device
+        )
+        return out.permute(0, 3, 1, 2)
+
+    def _run(self, weights: ConvFirstWeights, tile: ConvFirstTile) -> Callable[[Tensor, Tensor], None]:
+        packed = weights.pack(tile, self.dtype, self.device).tensors()
+        return lambda x, out: launch(
+            x, *packed, out, activation=self.shape.activation, residual=self.shape.residual, tile=tile
+        )
+
+    def _reference(self, x: Tensor) -> Tensor:
+        first = self.weights[0]
+        tensors = (
+            w.to(x.device) for w in (first.conv, first.expand, first.expand_bias, first.project, first.project_bias)
+        )
+        return reference.convfirst(x, *tensors, self.shape.activation, self.shape.residual)
+
+    def _error(self, out: Tensor) -> float:
+        return ((out.double() - self.expected).norm() / self.expected.norm()).item()
+
+
+def random_weights(shape: ConvFirstShape, generator: torch.Generator) -> ConvFirstWeights:
+    """Weights that keep the scale of the activations from block to block."""
+
+    def normal(*size: int, fan_in: float) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64) / fan_in**0.5
+
+    hidden, width = shape.hidden_channels, shape.group_width
+    return ConvFirstWeights(
+        conv=normal(shape.in_channels, width, 3, 3, fan_in=9 * width),
+        expand=normal(hidden, shape.in_channels, fan_in=shape.in_channels),
+        expand_bias=normal(hidden, fan_in=10),
+        # A small share of the sum: eight residual blocks in a row should not grow.
+        project=normal(shape.out_channels, hidden, fan_in=8 * hidden),
+        project_bias=normal(shape.out_channels, fan_in=100),
+    )
+
+
+def answer(shape: dict, tile: list[int], compile_only: bool, device: str) -> dict:
+    """`{"us": ...}`, or `{"failed": reason}` when the result is wrong; `{}` when only a compilation was asked for."""
+    config = ConvFirstTile(*tile)
+    if compile_only:
+        # The batch is no part of the compiled kernel: one image will do.
+        bench_of(ConvFirstShape(**{**shape, "batch": 1}), device).error(config)
+        return {}
+    bench = bench_of(ConvFirstShape(**shape), device)
+    error, limit = bench.error(config), ERROR_FACTOR * bench.eager_error
+    if not error <= limit:
+        return {"failed": f"wrong result: error {error:.1e}, eager PyTorch has {bench.eager_error:.1e}"}
+    return {"us": bench.us(config)}
+
+
+@lru_cache(maxsize=1)
+def bench_of(shape: ConvFirstShape, device: str) -> Bench:
+    """The latest block, kept for its next tile."""
+    return Bench(shape, torch.device(device))
+
+
+def main(device: str) -> None:
+    """Answer requests until standard input ends."""
+    torch.cuda.set_device(device)
+    with torch.inference_mode():
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                reply = answer(**request, device=device)
+            except Exception as error:
+                reason = str(error).strip().splitlines()[:1]
+                # A CUDA error stays with its process, and there is no telling what else it spoilt.
+                failed = ": ".join([type(error).__name__, *reason])
+                print(json.dumps({"failed": failed, "exiting": True}), flush=True)
+                sys.exit(1)
+            print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,107 @@
+"""Kernels run natively where there is a GPU and in Triton's interpreter where there is none."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported. So this module imports what imports Triton inside of its fixtures only.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels run: "cuda", or "cpu" for the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def random_weights():
+    """`(channels, hidden, out_channels=channels, group_width=8) -> ConvFirstWeights` of unit scale, float64."""
+    from fusion.weights import ConvFirstWeights
+
+    def make(channels, hidden, out_channels=None, group_width=8):
+        out_channels = out_channels or channels
+        generator = torch.Generator().manual_seed(channels * hidden + out_channels)
+
+        def normal(*size, scale=1.0):
+            return torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+
+        return ConvFirstWeights(
+            normal(channels, group_width, 3, 3, scale=(9 * group_width) ** -0.5),
+            normal(hidden, channels, scale=(2 / channels) ** 0.5),
+            normal(hidden),
+            normal(out_channels, hidden, scale=hidden**-0.5),
+            normal(out_channels),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_block():
+    """`(channels, out_channels, **options) -> models.ConvFirst` in eval mode with random batch norm statistics."""
+    from models.convfirst import ConvFirst
+
+    def make(channels, out_channels, **options):
+        torch.manual_seed(channels + out_channels)
+        block = ConvFirst(channels, out_channels, **options).eval()
+        for bn in (block.conv_bn, block.expand_bn, block.project_bn):
+            torch.nn.init.uniform_(bn.weight, 0.5, 1.5)
+            torch.nn.init.normal_(bn.bias)
+            bn.running_mean.normal_()
+            bn.running_var.uniform_(0.5, 2.0)
+        return block.requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fold():
+    """`models.ConvFirst -> ConvFirstWeights`."""
+    from fusion.weights import ConvFirstWeights
+
+    def fold_block(block):
+        return ConvFirstWeights.fold(
+            block.conv, block.conv_bn, block.expand, block.expand_bn, block.project, block.project_bn
+        )
+
+    return fold_block
+
+
+@pytest.fixture(scope="session")
+def run_kernel(device):
+    """`(x, weights, tile, activation="relu", residual=False) -> [N, K, H, W]`, the ConvFirst kernel on `x`.
+
+    The output is full of NaN before. On a GPU the operator runs as well and must agree to the bit.
+    """
+    from fusion import ops
+    from fusion.triton_kernels.convfirst import launch
+
+    def run(x, weights, tile, activation="relu", residual=False):
+        x = x.contiguous(memory_format=torch.channels_last)
+        packed = weights.pack(tile, x.dtype, x.device).tensors()
+        out = torch.full(
+            (x.shape[0], weights.out_channels, *x.shape[2:]), float("nan"), dtype=x.dtype, device=x.device
+        ).contiguous(memory_format=torch.channels_last)
+        launch(x, *packed, out, activation=activation, residual=residual, tile=tile)
+        if device == "cuda":
+            sizes = weights.hidden_channels, weights.out_channels, weights.group_width
+            from_op = ops.convfirst(x, *packed, *sizes, activation, residual, tile.to_ints())
+            torch.testing.assert_close(from_op, out, rtol=0, atol=0, equal_nan=True)
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_within_rule():
+    """`(out, eager, exact)`: the error of `out` is at most twice that of eager PyTorch in the same dtype."""
+
+    def check(out, eager, exact):
+        assert out.dtype == eager.dtype and out.shape == exact.shape
+        error, eager_error = (((y.double() - exact).norm() / exact.norm()).item() for y in (out, eager))
+        assert error <= 2 * eager_error, f"error {error:.2e}, eager {eager_error:.2e}"
+
+    return check

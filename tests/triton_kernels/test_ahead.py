@@ -1,0 +1,104 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusion.planner.blocks import convfirst
+from fusion.planner.match import match_convfirst
+from fusion.planner.plan import plan_block
+from fusion.planner.processor import PROCESSORS
+from fusion.planner.tile import MAX_REGISTERS, ConvFirstTile, estimated_registers, local_memory_bytes
+from fusion.triton_kernels.ahead import PROCESSOR_OF_CAPABILITY, compile_convfirst, main
+
+BLOCKS = [(64, 6, 64), (48, 6, 64), (24, 3, 64), (16, 3, 128)]
+TILE = ConvFirstTile(8, 16, 32, 32, 4)
+MATRIX_INSTRUCTION = {(8, 0): "hmma", (8, 9): "hmma", (9, 0): "hgmma", (10, 0): "utchmma", (12, 0): "hmma"}
+MAX_STACK_BYTES = {(8, 0): 120, (8, 9): 0, (9, 0): 0, (10, 0): 0, (12, 0): 8}
+"""Spills per thread, as Triton 3.6 compiles the tile."""
+TENSOR_COLUMNS = 512
+ALIGNMENT_BYTES = 1024
+ROOT = Path(__file__).parents[2]
+
+
+def shape_of(block):
+    channels, expansion, size = block
+    return match_convfirst(convfirst(128, size, size, channels, expansion))
+
+
+def run_main(*arguments):
+    """The output of the command line in a process that compiles kernels rather than interprets them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "fusion.triton_kernels.ahead", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize("capability", MATRIX_INSTRUCTION, ids=str)
+def test_resources(capability):
+    blocks = [",".join(map(str, block)) for block in BLOCKS]
+    options = ["--capability", ".".join(map(str, capability)), "--tile", ",".join(map(str, TILE.to_ints()))]
+    rows = json.loads(run_main("--json", "--block", *blocks, *options))
+    assert [tuple(row["block"]) for row in rows] == BLOCKS
+    for row in rows:
+        check_instructions(row, capability)
+        check_registers(row, capability)
+        check_memory(row, capability)
+
+
+def check_instructions(row, capability):
+    assert {name for name in ("hmma", "hgmma", "utchmma") if row[name]} == {MATRIX_INSTRUCTION[capability]}, row
+    assert row["wide_copies"] > 0, row
+
+
+def check_registers(row, capability):
+    assert row["stack_bytes"] <= MAX_STACK_BYTES[capability], row
+    estimate = min(estimated_registers(TILE, shape_of(row["block"])), MAX_REGISTERS)
+    assert 0.5 * estimate <= row["registers"] <= min(1.4 * estimate, MAX_REGISTERS), row
+
+
+def check_memory(row, capability):
+    """The planner's estimate counts the stages of Hopper's pipelines: earlier ones hold one less, and sm_100 keeps
+    operands in shared memory that others keep in registers."""
+    estimate = local_memory_bytes(TILE, shape_of(row["block"]))
+    lower, upper = {(9, 0): (1, 1), (10, 0): (1, 1.4)}.get(capability, (0.6, 1))
+    assert lower * estimate <= row["shared_bytes"] <= upper * estimate + ALIGNMENT_BYTES, row
+    assert row["shared_bytes"] <= PROCESSORS[PROCESSOR_OF_CAPABILITY[capability]].local_memory_bytes, row
+    assert (0 < row["tensor_columns"] <= TENSOR_COLUMNS) == (capability == (10, 0)), row
+
+
+def test_the_planned_tile_is_compiled_and_printed_as_a_table():
+    header, line = run_main("--block", "16,3,32").splitlines()
+    row = dict(zip(header.split(), line.split(), strict=True))
+    tile = plan_block(convfirst(128, 32, 32, 16, 3), "h200").tile
+    assert (row["block"], row["capability"], row["tile"]) == ("16,3,32", "9,0", ",".join(map(str, tile.to_ints())))
+    assert int(row["registers"]) > 0
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled in this process")
+def test_interpreted_kernels_cannot_be_compiled():
+    with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1.*unset it before Triton is imported"):
+        compile_convfirst(shape_of(BLOCKS[0]), TILE)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+def test_unsupported_blocks_are_refused():
+    shape = match_convfirst(convfirst(1, 8, 8, 16, 3, dtype="float32"))
+    with pytest.raises(ValueError, match=r"does not run .*dtype float32 is not supported, use one of float16"):
+        compile_convfirst(shape, TILE)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--block", "64,6"], "a block is CHANNELS,EXPANSION,SIZE, got '64,6'"),
+        (["--block", "64,6,64", "--capability", "7.0"], "compute capability 7.0 is not supported, use one of 8.0"),
+        (["--block", "64,6,64", "--tile", "8,16"], "'8,16' does not have the fields of ConvFirstTile"),
+    ],
+)
+def test_arguments_are_checked(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""Tuned tiles on disk."""
+
+import json
+import multiprocessing
+import os
+import stat
+import warnings
+from dataclasses import replace
+
+import pytest
+
+from fusion.planner.match import ConvFirstShape
+from fusion.planner.tile import ConvFirstTile
+from fusion.tuner import cache
+
+SHAPE = ConvFirstShape(128, 64, 64, 48, 288, 48, 8, "relu", True, "float16")
+KEY = cache.CacheKey("NVIDIA H200", "3.6.0", "0123456789abcdef", SHAPE)
+TILE = ConvFirstTile(8, 16, 32, 32, 4, conv_stages=5, ffn_stages=2)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSION_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_what_is_stored_is_loaded():
+    cache.store(KEY, TILE, 123.5)
+    assert cache.load(KEY) == (TILE, 123.5)
+
+
+def test_a_missing_entry_is_no_reason_to_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache.load(KEY) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(KEY, device="NVIDIA A100"),
+        replace(KEY, triton="3.7.0"),
+        replace(KEY, kernel_hash="fedcba9876543210"),
+        replace(KEY, shape=replace(SHAPE, dtype="bfloat16")),
+        replace(KEY, shape=replace(SHAPE, batch=1)),
+    ],
+)
+def test_every_part_of_the_key_counts(other):
+    cache.store(KEY, TILE, 123.5)
+    assert cache.load(other) is None
+
+
+def _entry(**changes) -> str:
+    entry = json.loads(KEY.path().read_text())
+    entry.update(changes)
+    return json.dumps(entry)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (lambda: "{", "JSONDecodeError"),
+        (lambda: "", "JSONDecodeError"),
+        (lambda: "[]", "TypeError"),
+        (lambda: _entry(format=cache.FORMAT + 1), f"format {cache.FORMAT + 1}"),
+        (lambda: _entry(key={}), "belongs to another block"),
+        (lambda: _entry(tile={"height": 8}), "TypeError"),
+        (lambda: _entry(tile={**_TILE_FIELDS, "height": "__import__('os')"}), "ValueError"),
+        (lambda: _entry(us="fast"), "ValueError"),
+    ],
+)
+def test_a_corrupt_entry_gives_one_warning_and_is_replaced(text, reason):
+    cache.store(KEY, TILE, 123.5)
+    KEY.path().write_text(text())
+    with pytest.warns(UserWarning, match=f"cannot be used.*{reason}.*tuning again") as record:
+        assert cache.load(KEY) is None
+    assert len(record) == 1
+    cache.store(KEY, TILE, 99.0)
+    assert cache.load(KEY) == (TILE, 99.0)
+
+
+_TILE_FIELDS = {
+    "height": 8,
+    "width": 16,
+    "hidden": 32,
+    "conv_slab": 32,
+    "warps": 4,
+    "conv_stages": 3,
+    "ffn_stages": 3,
+}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_gives_a_warning(folder):
+    folder.mkdir()
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.warns(UserWarning, match="cannot be written.*FUSION_CACHE_DIR"):
+        cache.store(KEY, TILE, 1.0)
+
+
+def test_a_file_in_place_of_the_folder_gives_a_warning(folder):
+    folder.write_text("")
+    with pytest.warns(UserWarning, match="cannot be written.*FUSION_CACHE_DIR"):
+        cache.store(KEY, TILE, 1.0)
+
+
+def _store_many(us: float) -> None:
+    for _ in range(100):
+        cache.store(KEY, TILE, us)
+
+
+def test_processes_share_the_folder():
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_store_many, args=(float(us),)) for us in (1, 2)]
+    for writer in writers:
+        writer.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen = [cache.load(KEY) for _ in range(200)]
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert set(seen) <= {None, (TILE, 1.0), (TILE, 2.0)}
+    assert cache.load(KEY) in {(TILE, 1.0), (TILE, 2.0)}
+    assert [path.suffix for path in KEY.path().parent.iterdir()] == [".json"]
+
+
+def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("FUSION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.cache_folder() == tmp_path / "fusion"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache.cache_folder() == tmp_path / "home" / ".cache" / "fusion"

@@ -16,8 +16,8 @@ from fusion.probe import cuda_device, processor_of
 from fusion.tuner.tune import search
 
 PROTOCOL = (
-    "every tile in a worker process: random weights and inputs, a stage of eight blocks with distinct weights in a CUDA "
-    "graph, median of 20 replays after warm-up, microseconds per block; results checked against float64"
+    "every tile in a worker process: random weights and inputs, a stage of eight blocks with distinct weights in a "
+    "CUDA graph, median of 20 replays after warm-up, microseconds per block; results checked against float64"
 )
 
 

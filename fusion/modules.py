@@ -24,9 +24,8 @@ class FusedConvFirst(nn.Module):
     """ConvFirst block of stride 1 for inference: `[N, C, H, W] -> [N, K, H, W]`, channels_last.
 
     Takes fp16 and bf16 on GPUs and any floating dtype on CPUs, where it computes the reference. The plan is made at the
-    first input of each shape, by `tuner`.
-    Weights are packed at the first use of a layout. The module has no parameters and keeps no link to the block that it
-    was folded from: fold again after training or loading.
+    first input of each shape, by `tuner`. Weights are packed at the first use of a layout. The module has no parameters
+    and keeps no link to the block that it was folded from: fold again after training or loading.
 
     Raises (in `forward`): what `fusion.ops.convfirst` raises, and PlanError when no tile fits the input's shape.
     """
@@ -47,7 +46,7 @@ class FusedConvFirst(nn.Module):
         if key not in self._plans:
             batch, channels, height, width = x.shape
             graph = convfirst_graph(
-                batch,
+                max(batch, 1),
                 height,
                 width,
                 channels,

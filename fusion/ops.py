@@ -1,5 +1,7 @@
 """Fused blocks as PyTorch operators, for inference only."""
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
@@ -43,6 +45,11 @@ def convfirst(
         TypeError: a dtype is not supported.
         ValueError: shapes, activation or tile do not fit together.
     """
+    if len(tile) != len(fields(ConvFirstTile)):
+        raise ValueError(
+            f"fusion::convfirst: tile must be the {len(fields(ConvFirstTile))} integers of ConvFirstTile.to_ints(), "
+            f"got {tile}"
+        )
     config = ConvFirstTile(*tile)
     _check(x, conv, expand, expand_bias, project, project_bias, hidden_channels, out_channels, group_width, config)
     if activation not in reference.ACTIVATIONS:

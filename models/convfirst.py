@@ -76,9 +76,10 @@ class ConvFirst(nn.Module):
             raise RuntimeError("a block in training mode cannot be fused; call eval() first")
         activation = ACTIVATION_NAMES.get(type(self.act))
         if self.stride != 1 or activation is None:
+            supported = " or ".join(kind.__name__ for kind in ACTIVATION_NAMES)
             raise PlanError(
-                f"no fused kernel runs ConvFirst with stride {self.stride} and {type(self.act).__name__}; supported are "
-                f"stride 1 and {' or '.join(kind.__name__ for kind in ACTIVATION_NAMES)}: run the block in eager mode"
+                f"no fused kernel runs ConvFirst with stride {self.stride} and {type(self.act).__name__}; supported "
+                f"are stride 1 and {supported}: run the block in eager mode"
             )
         weights = ConvFirstWeights.fold(
             self.conv, self.conv_bn, self.expand, self.expand_bn, self.project, self.project_bn

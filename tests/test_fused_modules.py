@@ -106,3 +106,7 @@ def test_compiles_as_one_graph(fused):
         x = torch.randn(*size)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), fused(x), rtol=1e-6, atol=1e-6)
+
+
+def test_an_empty_batch(fused):
+    assert fused(torch.randn(0, 24, 5, 7)).shape == (0, 24, 5, 7)

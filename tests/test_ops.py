@@ -110,6 +110,11 @@ def test_a_gradient_is_refused(arguments):
 
 ERRORS = [
     (lambda k: {"x": k["x"][0]}, ValueError, r"x must be \[N, C, H, W\], got shape \[24, 5, 7\]"),
+    (
+        lambda k: {"tile": [8, 16]},
+        ValueError,
+        r"tile must be the 7 integers of ConvFirstTile.to_ints\(\), got \[8, 16\]",
+    ),
     (lambda k: {"activation": "gelu"}, ValueError, "activation 'gelu' is not supported, use relu or silu"),
     (lambda k: {"x": k["x"][:, :20]}, ValueError, "20 input channels are not supported, use a multiple of 8"),
     (lambda k: {"out_channels": 20}, ValueError, "20 output channels are not supported, use a multiple of 8"),

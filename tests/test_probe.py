@@ -9,7 +9,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.parametrize("probe", [measure_ceilings, probe_processor])
 def test_without_a_gpu_the_error_says_what_to_do(probe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="needs a CUDA GPU and none is available; plan from shapes instead, with a processor of"):
+    with pytest.raises(RuntimeError, match="needs a CUDA GPU and none is available; plan from shapes"):
         probe()
 
 

@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 
 from fusion import __version__
-from fusion import __version__
 from fusion.planner.processor import Processor
 
 SOURCE = Path(__file__).parents[2]

@@ -65,7 +65,7 @@ class Plan:
     @property
     def local_memory_bytes(self) -> int:
         """Shared memory of one program, in bytes."""
-        return local_memory_bytes(self.tile, self.shape)
+        return local_memory_bytes(self.tile, self.shape, self.processor)
 
     @property
     def predicted_us(self) -> float:

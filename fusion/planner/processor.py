@@ -108,6 +108,17 @@ PROCESSORS: dict[str, Processor] = {
             source="measured: 8192x8192x8192 fp16 product, device-to-device copy",
         ),
         Processor(
+            name="b200",
+            title="NVIDIA B200 SXM 180 GB",
+            peak_ops=2250e12,
+            bandwidth=8e12,
+            compute_capability=(10, 0),
+            processors=148,
+            local_memory_bytes=227 * _KB,
+            global_memory_bytes=126 * _MB,
+            global_bandwidth=10e12,
+        ),
+        Processor(
             name="rtx4090",
             title="NVIDIA GeForce RTX 4090",
             peak_ops=165.2e12,

@@ -26,6 +26,8 @@ SPILL_ALLOWANCE = 1.6
 compiler keeps in shared memory, and a few spills outside of the loops cost little."""
 WARP_SIZE = 32
 MAX_WARPS_PER_PROCESSOR = 64
+TENSOR_MEMORY_COLUMNS = 512
+TENSOR_MEMORY_LANES = 128
 TENSOR_CORES = 4
 """Of a streaming multiprocessor, each serving the warps of its own quarter."""
 
@@ -121,22 +123,38 @@ def why_invalid(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor
         return f"{tile.warps} warps are too many for {tile.pixels} pixels"
     if any(slab % shape.group_width for slab in tile.in_slabs(shape.in_channels)):
         return f"slabs {tile.in_slabs(shape.in_channels)} split groups of {shape.group_width} channels"
-    local = local_memory_bytes(tile, shape)
+    local = local_memory_bytes(tile, shape, processor)
     if local > processor.local_memory_bytes:
         return f"{local} bytes of local memory are more than {processor.name} has, {processor.local_memory_bytes}"
+    columns = tensor_memory_columns(tile, shape, processor)
+    if columns > TENSOR_MEMORY_COLUMNS:
+        return f"about {columns} columns of tensor memory are more than there are, {TENSOR_MEMORY_COLUMNS}"
     registers = estimated_registers(tile, shape)
     if registers > SPILL_ALLOWANCE * MAX_REGISTERS:
         return f"about {registers:.0f} registers a thread would spill, {MAX_REGISTERS} are available"
     return None
 
 
-def local_memory_bytes(tile: ConvFirstTile, shape: ConvFirstShape) -> int:
-    """Shared memory of a program, in bytes: the operands in flight of the hungrier of its two loops."""
+def local_memory_bytes(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> int:
+    """Shared memory of a program, in bytes: the operands in flight of the hungrier of its two loops.
+
+    Where products accumulate in tensor memory, the operands that other processors keep in registers come on top.
+    """
     size = ELEMENT_SIZE[shape.dtype]
     widest = max(tile.in_slabs(shape.in_channels))
     conv = tile.conv_stages * widest * (tile.pixels + widest)
     ffn = tile.ffn_stages * tile.hidden * _padded_in_and_out(tile, shape)
-    return size * max(conv, ffn)
+    operands = tile.pixels * (sum(tile.in_slabs(shape.in_channels)) + tile.hidden)
+    return size * (max(conv, ffn) + (operands if _uses_tensor_memory(tile, processor) else 0))
+
+
+def tensor_memory_columns(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> int:
+    """Upper bound on the columns of tensor memory that a program's sums take; 0 where registers hold them."""
+    if not _uses_tensor_memory(tile, processor):
+        return 0
+    in_slabs, out_slabs = tile.in_slabs(shape.in_channels), tile.out_slabs(shape.out_channels)
+    columns = sum(in_slabs) + sum(out_slabs) + len(in_slabs) * tile.hidden
+    return ceil(tile.pixels / TENSOR_MEMORY_LANES) * columns
 
 
 def estimated_registers(tile: ConvFirstTile, shape: ConvFirstShape) -> float:
@@ -153,7 +171,7 @@ def programs_per_processor(tile: ConvFirstTile, shape: ConvFirstShape, processor
         1,
         min(
             int(processor.registers_per_processor // registers),
-            processor.local_memory_bytes // local_memory_bytes(tile, shape),
+            processor.local_memory_bytes // local_memory_bytes(tile, shape, processor),
             MAX_WARPS_PER_PROCESSOR // tile.warps,
         ),
     )
@@ -200,3 +218,8 @@ def candidate_tiles(shape: ConvFirstShape, processor: Processor) -> Iterator[Con
 
 def _padded_in_and_out(tile: ConvFirstTile, shape: ConvFirstShape) -> int:
     return sum(tile.in_slabs(shape.in_channels)) + sum(tile.out_slabs(shape.out_channels))
+
+
+def _uses_tensor_memory(tile: ConvFirstTile, processor: Processor) -> bool:
+    # Its products take four warps and 64 rows at least; smaller ones run as before.
+    return processor.compute_capability[0] == 10 and tile.warps >= 4 and tile.pixels >= 64

@@ -30,7 +30,7 @@ PROCESSOR_OF_CAPABILITY = {
     (8, 6): "a5000",
     (8, 9): "rtx4090",
     (9, 0): "h200",
-    (10, 0): "h200",
+    (10, 0): "b200",
     (12, 0): "rtx4090",
 }
 """For whom the tile is planned: an older processor with the same local memory where the planner knows none."""

@@ -8,7 +8,7 @@ from fusion.planner.processor import PROCESSORS, get_processor
 def test_lookup_by_name_or_instance():
     h200 = get_processor("h200")
     assert h200 is PROCESSORS["h200"] is get_processor(h200)
-    with pytest.raises(ValueError, match="'v100' is unknown; use one of a5000, a100, h100, h200, rtx4090"):
+    with pytest.raises(ValueError, match="'v100' is unknown; use one of a5000, a100, h100, h200, b200, rtx4090"):
         get_processor("v100")
 
 

@@ -11,6 +11,7 @@ from fusion.planner.tile import (
     local_memory_bytes,
     predicted_us,
     programs_per_processor,
+    tensor_memory_columns,
     why_invalid,
     why_unsupported,
 )
@@ -111,11 +112,21 @@ def test_slabs_must_not_split_groups():
 
 def test_memories_by_hand():
     """Two bytes a value: three stages of pixels and weights of a tap, or of a step's expand and project matrices."""
-    assert local_memory_bytes(TILE, SHAPE) == 2 * 3 * 64 * (128 + 64)
-    assert local_memory_bytes(replace(TILE, conv_stages=1), SHAPE) == 2 * 3 * 64 * (64 + 64)
+    assert local_memory_bytes(TILE, SHAPE, H200) == 2 * 3 * 64 * (128 + 64)
+    assert local_memory_bytes(replace(TILE, conv_stages=1), SHAPE, H200) == 2 * 3 * 64 * (64 + 64)
     assert estimated_registers(TILE, SHAPE) == 64 + 64 / 2 + 1.5 * 64 + 40
     assert programs_per_processor(TILE, SHAPE, H200) == 65536 // (232 * 128)
     assert programs_per_processor(replace(TILE, conv_stages=9), SHAPE, H200) == 1
+
+
+def test_tensor_memory():
+    """Where sums are in tensor memory, operands are in shared memory. 704 columns were asked for by the wide tile."""
+    b200, wide = PROCESSORS["b200"], ConvFirstTile(16, 16, 64, 16, 8)
+    assert local_memory_bytes(TILE, SHAPE, b200) == local_memory_bytes(TILE, SHAPE, H200) + 2 * 128 * (64 + 64)
+    assert tensor_memory_columns(TILE, SHAPE, b200) == 64 + 64 + 64
+    assert tensor_memory_columns(TILE, SHAPE, H200) == 0
+    assert why_invalid(wide, SHAPE, H200) is None
+    assert "columns of tensor memory are more than there are, 512" in why_invalid(wide, SHAPE, b200)
 
 
 @pytest.mark.parametrize("processor", PROCESSORS.values(), ids=lambda processor: processor.name)

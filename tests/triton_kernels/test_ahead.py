@@ -10,7 +10,14 @@ from fusion.planner.blocks import convfirst
 from fusion.planner.match import match_convfirst
 from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
-from fusion.planner.tile import MAX_REGISTERS, ConvFirstTile, estimated_registers, local_memory_bytes
+from fusion.planner.tile import (
+    MAX_REGISTERS,
+    TENSOR_MEMORY_COLUMNS,
+    ConvFirstTile,
+    estimated_registers,
+    local_memory_bytes,
+    tensor_memory_columns,
+)
 from fusion.triton_kernels.ahead import PROCESSOR_OF_CAPABILITY, compile_convfirst, main
 
 BLOCKS = [(64, 6, 64), (48, 6, 64), (24, 3, 64), (16, 3, 128)]
@@ -18,7 +25,6 @@ TILE = ConvFirstTile(8, 16, 32, 32, 4)
 MATRIX_INSTRUCTION = {(8, 0): "hmma", (8, 9): "hmma", (9, 0): "hgmma", (10, 0): "utchmma", (12, 0): "hmma"}
 MAX_STACK_BYTES = {(8, 0): 120, (8, 9): 0, (9, 0): 0, (10, 0): 0, (12, 0): 8}
 """Spills per thread, as Triton 3.6 compiles the tile."""
-TENSOR_COLUMNS = 512
 ALIGNMENT_BYTES = 1024
 ROOT = Path(__file__).parents[2]
 
@@ -60,13 +66,17 @@ def check_registers(row, capability):
 
 
 def check_memory(row, capability):
-    """The planner's estimate counts the stages of Hopper's pipelines: earlier ones hold one less, and sm_100 keeps
-    operands in shared memory that others keep in registers."""
-    estimate = local_memory_bytes(TILE, shape_of(row["block"]))
-    lower, upper = {(9, 0): (1, 1), (10, 0): (1, 1.4)}.get(capability, (0.6, 1))
-    assert lower * estimate <= row["shared_bytes"] <= upper * estimate + ALIGNMENT_BYTES, row
-    assert row["shared_bytes"] <= PROCESSORS[PROCESSOR_OF_CAPABILITY[capability]].local_memory_bytes, row
-    assert (0 < row["tensor_columns"] <= TENSOR_COLUMNS) == (capability == (10, 0)), row
+    """The planner's estimate counts the stages of Hopper's pipelines, those of other processors may hold one less, and
+    all operands that may have to be in shared memory on sm_100."""
+    processor, shape = PROCESSORS[PROCESSOR_OF_CAPABILITY[capability]], shape_of(row["block"])
+    estimate = local_memory_bytes(TILE, shape, processor)
+    least = {(9, 0): 1, (10, 0): 0.5}.get(capability, 0.6)
+    assert least * estimate <= row["shared_bytes"] <= estimate + ALIGNMENT_BYTES, row
+    assert row["shared_bytes"] <= processor.local_memory_bytes, row
+    # Tensor memory is handed out in powers of two.
+    columns = tensor_memory_columns(TILE, shape, processor)
+    assert row["tensor_columns"] <= min(2 * columns, TENSOR_MEMORY_COLUMNS), row
+    assert (row["tensor_columns"] > 0) == (capability == (10, 0)), row
 
 
 def test_the_planned_tile_is_compiled_and_printed_as_a_table():

@@ -95,7 +95,7 @@ def test_tiles_that_crash_are_counted_and_never_chosen(made_up):
 
 def test_without_a_tile_that_works_the_error_says_why(made_up):
     made_up.microseconds = staticmethod(lambda tile: None)
-    with pytest.raises(RuntimeError, match="no tile of the ConvFirst kernel gives right results.*worker died"):
+    with pytest.raises(RuntimeError, match=r"no tile of the ConvFirst kernel gives right results.*worker died"):
         tune.tune_block(GRAPH, H200, progress=False)
 
 

@@ -128,7 +128,7 @@ ERRORS = [
     (
         lambda k: {"tile": ConvFirstTile(4, 8, 128, 32, 2).to_ints()},
         ValueError,
-        r"expand must be a contiguous \[32, 128\].*got shape \[32, 64\]",
+        r"expand must be a contiguous \[32, 256\].*got shape \[32, 64\]",
     ),
     (lambda k: {"project": k["project"].T}, ValueError, r"project must be a contiguous \[64, 32\].*shape \[32, 64\]"),
     (

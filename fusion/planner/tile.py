@@ -20,6 +20,10 @@ CHANNEL_MULTIPLE = 8
 WIDEST_OUTPUT_SLAB = 128
 MAX_IMAGE_ELEMENTS = 2**31 - 1
 """The kernel computes offsets within an image in 32 bits."""
+MIN_HIDDEN_STEPS = 2
+MIN_STAGES = 2
+"""Triton 3.6 folds a loop of one step into straight code and does not pipeline one of a single stage. What Hopper's
+matrix products then read from shared memory is not always what was written: some tiles gave wrong results."""
 MAX_REGISTERS = 255
 SPILL_ALLOWANCE = 1.6
 """Estimated registers over available ones up to which a tile is worth trying: the estimate leaves out what the
@@ -31,8 +35,8 @@ TENSOR_MEMORY_LANES = 128
 TENSOR_CORES = 4
 """Of a streaming multiprocessor, each serving the warps of its own quarter."""
 
-# Fitted to 491 tiles of the eight blocks of the paper's table 1, measured on an H200 at batch 128: root mean square
-# error 13 %, and the tile that is predicted best takes 6 % longer than the one measured best, on average.
+# Fitted to tiles of the eight blocks of the paper's table 1, on an H200 at batch 128; bench/measure_tiles.py tells how
+# well predictions and measurements agree.
 LAUNCH_US = 6.7
 STEP_US = 0.1
 """One dependent step of a program: barrier, product, and the wait for its operands."""
@@ -79,8 +83,8 @@ class ConvFirstTile:
         return slab_widths(out_channels, WIDEST_OUTPUT_SLAB)
 
     def padded_hidden(self, hidden_channels: int) -> int:
-        """Hidden channels that the kernel computes: whole steps of the loop."""
-        return ceil(hidden_channels / self.hidden) * self.hidden
+        """Hidden channels that the kernel computes: whole steps of the loop, and at least `MIN_HIDDEN_STEPS`."""
+        return max(MIN_HIDDEN_STEPS, ceil(hidden_channels / self.hidden)) * self.hidden
 
     def programs(self, batch: int, height: int, width: int) -> int:
         """Number of tiles that cover the output."""
@@ -117,6 +121,8 @@ def why_invalid(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor
             return f"{name}={getattr(tile, name)} is not a power of two"
     if min(tile.pixels, tile.hidden, tile.conv_slab) < 16:
         return "a matrix product needs at least 16 pixels, 16 hidden channels and slabs of 16 channels"
+    if min(tile.conv_stages, tile.ffn_stages) < MIN_STAGES:
+        return f"loops must be pipelined, in {MIN_STAGES} stages at least"
     if tile.warps > 16:
         return f"{tile.warps} warps are more than a program may have, 16"
     if tile.pixels < 8 * tile.warps:

@@ -34,7 +34,10 @@ def test_without_torch_the_device_is_a_cpu(monkeypatch):
 
 def test_an_installed_copy_has_no_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "SOURCE", tmp_path)
+    monkeypatch.delenv("FUSION_COMMIT", raising=False)
     assert collect_meta("")["commit"] is None
+    monkeypatch.setenv("FUSION_COMMIT", "0123abc")
+    assert collect_meta("")["commit"] == "0123abc"
 
 
 def test_json_creates_folders_and_leaves_nothing_else(tmp_path):

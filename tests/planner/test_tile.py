@@ -36,7 +36,7 @@ def test_tile_by_hand():
     assert TILE.pixels == 128
     assert TILE.in_slabs(72) == (64, 16)
     assert TILE.out_slabs(200) == (128, 64, 16)
-    assert [TILE.padded_hidden(hidden) for hidden in (1, 64, 65)] == [64, 64, 128]
+    assert [TILE.padded_hidden(hidden) for hidden in (1, 64, 65, 129)] == [128, 128, 128, 192]
     assert TILE.programs(3, 8, 16) == 3
     assert TILE.programs(3, 9, 17) == 3 * 4
     with pytest.raises(FrozenInstanceError):
@@ -95,6 +95,7 @@ def test_supported_blocks(changes):
         ({"height": 32, "warps": 32}, "32 warps are more than a program may have, 16"),
         ({"warps": 16, "height": 4}, "16 warps are too many for 64 pixels"),
         ({"conv_stages": 9}, "221184 bytes of local memory are more than rtx4090 has, 101376"),
+        ({"ffn_stages": 1}, "loops must be pipelined, in 2 stages at least"),
         ({"warps": 2}, "about 424 registers a thread would spill, 255 are available"),
     ],
 )

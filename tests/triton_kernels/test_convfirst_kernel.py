@@ -20,7 +20,7 @@ DTYPES = [
     ),
 ]
 SMALL = ConvFirstTile(4, 8, 32, 32, 2)
-SAMPLED = 40
+SAMPLED = 50
 """Every how many candidates a GPU runs one, from the best prediction to the worst."""
 
 
@@ -84,7 +84,7 @@ CASES = [
     Case(72, 72, tile=ConvFirstTile(4, 8, 64, 16, 2), residual=True),
     Case(72, 72, tile=ConvFirstTile(8, 8, 16, 32, 4, 2, 2), residual=True),
     Case(72, 72, tile=ConvFirstTile(4, 4, 32, 64, 1, 5, 3), residual=True),
-    Case(72, 72, tile=ConvFirstTile(8, 16, 128, 64, 8, 1, 1), residual=True),
+    Case(72, 72, tile=ConvFirstTile(8, 16, 128, 64, 8, 2, 2), residual=True),
     Case(40, 72, tile=ConvFirstTile(1, 16, 64, 32, 1, 4, 2), residual=True),
     Case(40, 72, tile=ConvFirstTile(16, 1, 64, 32, 2), residual=True),
 ]

@@ -1,11 +1,13 @@
 """Tuned tiles on disk."""
 
 import json
-import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from fusion.planner.match import ConvFirstShape
 from fusion.planner.tile import ConvFirstTile
 from fusion.tuner import cache
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ConvFirstShape(128, 64, 64, 48, 288, 48, 8, "relu", True, "float16")
 KEY = cache.CacheKey("NVIDIA H200", "3.6.0", "0123456789abcdef", SHAPE)
 TILE = ConvFirstTile(8, 16, 32, 32, 4, conv_stages=5, ffn_stages=2)
@@ -104,23 +107,45 @@ def test_a_file_in_place_of_the_folder_gives_a_warning(folder):
         cache.store(KEY, TILE, 1.0)
 
 
-def _store_many(us: float) -> None:
-    for _ in range(100):
-        cache.store(KEY, TILE, us)
+STORE_MANY = """
+import json, sys
+from fusion.planner.match import ConvFirstShape
+from fusion.planner.tile import ConvFirstTile
+from fusion.tuner import cache
+
+key, shape, tile, us = map(json.loads, sys.argv[1:])
+key = cache.CacheKey(**{**key, "shape": ConvFirstShape(**shape)})
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(200):
+    cache.store(key, ConvFirstTile(**tile), us)
+"""
 
 
 def test_processes_share_the_folder():
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_store_many, args=(float(us),)) for us in (1, 2)]
+    arguments = [json.dumps(asdict(value)) for value in (KEY, SHAPE, TILE)]
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", STORE_MANY, *arguments, us],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for us in ("1.0", "2.0")
+    ]
     for writer in writers:
-        writer.start()
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    seen = set()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        seen = [cache.load(KEY) for _ in range(200)]
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
-    assert set(seen) <= {None, (TILE, 1.0), (TILE, 2.0)}
+        while any(writer.poll() is None for writer in writers):
+            seen.add(cache.load(KEY))
+    assert [writer.communicate() and writer.returncode for writer in writers] == [0, 0]
+    assert seen <= {None, (TILE, 1.0), (TILE, 2.0)}
     assert cache.load(KEY) in {(TILE, 1.0), (TILE, 2.0)}
     assert [path.suffix for path in KEY.path().parent.iterdir()] == [".json"]
 

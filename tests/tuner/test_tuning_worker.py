@@ -38,17 +38,21 @@ def test_a_compilation_times_nothing():
     assert worker.answer(asdict(shape()), TILE.to_ints(), compile_only=True, device=DEVICE) == {}
 
 
-@pytest.mark.parametrize("damage", ["wrong image", "missing pixel"])
+@pytest.mark.parametrize("damage", ["wrong image", "missing pixel", "race"])
 def test_a_wrong_result_is_refused(monkeypatch, damage):
     launch = worker.launch
+    runs = []
 
     def damaged(x, *args, **kwargs):
         launch(x, *args, **kwargs)
         out = args[5]
+        runs.append(out)
         if damage == "wrong image":
             out[-1] *= 1.01
-        else:
+        elif damage == "missing pixel":
             out[1, 0, 4, 4] = float("nan")
+        elif len(runs) == 2:
+            out[0, 0, 0, 0] += 0.01
 
     monkeypatch.setattr(worker, "launch", damaged)
     reply = worker.answer(asdict(shape()), TILE.to_ints(), compile_only=False, device=DEVICE)

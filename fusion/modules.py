@@ -93,7 +93,9 @@ class FusedConvFirst(nn.Module):
     def _pack(self, tile: ConvFirstTile, x: Tensor) -> PackedConvFirst:
         key = (x.device, x.dtype, tile.conv_slab, tile.hidden)
         if key not in self._packed:
-            self._packed[key] = self.weights.pack(tile, x.dtype, x.device)
+            # Ordinary tensors, whatever mode the first caller is in: they are kept for all.
+            with torch.inference_mode(False), torch.no_grad():
+                self._packed[key] = self.weights.pack(tile, x.dtype, x.device)
         return self._packed[key]
 
 

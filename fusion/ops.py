@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from fusion import reference
-from fusion.planner.tile import CHANNEL_MULTIPLE, ConvFirstTile
+from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, ConvFirstTile
 from fusion.weights import unpack_conv
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+GPU_DTYPES = tuple(getattr(torch, name) for name in KERNEL_DTYPES)
 
 
 @triton_op("fusion::convfirst", mutates_args=())
@@ -127,9 +127,9 @@ def _check(
         raise RuntimeError(
             f"fusion::convfirst: x is on {x.device}; supported are CUDA GPUs, and CPUs for reference: move it there"
         )
-    if x.device.type == "cuda" and x.dtype not in KERNEL_DTYPES:
+    if x.device.type == "cuda" and x.dtype not in GPU_DTYPES:
         raise TypeError(
-            f"fusion::convfirst: x has dtype {x.dtype}; supported are {_any_of(KERNEL_DTYPES)}: convert the input, for "
+            f"fusion::convfirst: x has dtype {x.dtype}; supported are {_any_of(GPU_DTYPES)}: convert the input, for "
             "example with model.half() or under torch.autocast"
         )
     in_channels = x.shape[1]
@@ -141,7 +141,7 @@ def _check(
     if group_width < 1 or in_channels % group_width:
         raise ValueError(f"fusion::convfirst: {in_channels} channels do not divide into groups of {group_width}")
     in_slabs = tile.in_slabs(in_channels)
-    if any(slab % group_width for slab in in_slabs):
+    if tile.splits_groups(in_channels, group_width):
         raise ValueError(f"fusion::convfirst: slabs {in_slabs} of {tile!r} split groups of {group_width} channels")
     in_padded, out_padded = sum(in_slabs), sum(tile.out_slabs(out_channels))
     hidden = tile.padded_hidden(hidden_channels)

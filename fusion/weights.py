@@ -86,7 +86,7 @@ class ConvFirstWeights:
         Raises ValueError for a tile whose slabs split a group.
         """
         in_slabs, out_slabs = tile.in_slabs(self.in_channels), tile.out_slabs(self.out_channels)
-        if any(slab % self.group_width for slab in in_slabs):
+        if tile.splits_groups(self.in_channels, self.group_width):
             raise ValueError(
                 f"weights cannot be packed for {tile!r}: slabs {in_slabs} split groups of {self.group_width} channels; "
                 "use a tile with a wider conv_slab"

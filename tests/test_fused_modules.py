@@ -110,3 +110,11 @@ def test_compiles_as_one_graph(fused):
 
 def test_an_empty_batch(fused):
     assert fused(torch.randn(0, 24, 5, 7)).shape == (0, 24, 5, 7)
+
+
+def test_weights_packed_in_inference_mode_serve_other_modes(fused):
+    x = torch.randn(2, 24, 5, 7)
+    with torch.inference_mode():
+        expected = fused(x)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(fused, backend="aot_eager")(x), expected)

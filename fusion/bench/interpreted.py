@@ -12,7 +12,6 @@ from fusion.bench.report import Column
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import get_processor
 from fusion.progress import progress_bar
-from fusion.weights import ConvFirstWeights
 
 CHECKED_PIXELS = 20
 """Height and width of the image: not a multiple of any tile, with pixels on and off the border."""
@@ -49,10 +48,7 @@ def interpret_block(config: BlockConfig, plan: Plan) -> Row:
     x = torch.randn(1, config.channels, size, size, generator=torch.Generator().manual_seed(0)).half()
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.full_like(x, float("nan"))
-    weights = ConvFirstWeights.fold(
-        block.conv, block.conv_bn, block.expand, block.expand_bn, block.project, block.project_bn
-    )
-    packed = weights.pack(plan.tile, x.dtype, "cpu").tensors()
+    packed = block.fused().weights.pack(plan.tile, x.dtype, "cpu").tensors()
     launch(x, *packed, out, activation="relu", residual=True, tile=plan.tile)
     eager = block.half()(x)
     expected = block.double()(x.double())

@@ -82,6 +82,10 @@ class ConvFirstTile:
         """Slabs that the projection accumulates."""
         return slab_widths(out_channels, WIDEST_OUTPUT_SLAB)
 
+    def splits_groups(self, in_channels: int, group_width: int) -> bool:
+        """Whether a group of the convolution would lie in two slabs, which the kernel cannot do."""
+        return any(slab % group_width for slab in self.in_slabs(in_channels))
+
     def padded_hidden(self, hidden_channels: int) -> int:
         """Hidden channels that the kernel computes: whole steps of the loop, and at least `MIN_HIDDEN_STEPS`."""
         return max(MIN_HIDDEN_STEPS, ceil(hidden_channels / self.hidden)) * self.hidden
@@ -127,7 +131,7 @@ def why_invalid(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor
         return f"{tile.warps} warps are more than a program may have, 16"
     if tile.pixels < 8 * tile.warps:
         return f"{tile.warps} warps are too many for {tile.pixels} pixels"
-    if any(slab % shape.group_width for slab in tile.in_slabs(shape.in_channels)):
+    if tile.splits_groups(shape.in_channels, shape.group_width):
         return f"slabs {tile.in_slabs(shape.in_channels)} split groups of {shape.group_width} channels"
     local = local_memory_bytes(tile, shape, processor)
     if local > processor.local_memory_bytes:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from fusion import reference
-from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, ConvFirstTile
+from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_IMAGE_ELEMENTS, ConvFirstTile, why_malformed
 from fusion.weights import unpack_conv
 
 GPU_DTYPES = tuple(getattr(torch, name) for name in KERNEL_DTYPES)
@@ -129,8 +129,8 @@ def _check(
         )
     if x.device.type == "cuda" and x.dtype not in GPU_DTYPES:
         raise TypeError(
-            f"fusion::convfirst: x has dtype {x.dtype}; supported are {_any_of(GPU_DTYPES)}: convert the input, for "
-            "example with model.half() or under torch.autocast"
+            f"fusion::convfirst: x has dtype {x.dtype}; supported are {_any_of(GPU_DTYPES)}: convert the model "
+            "and its input, for example with .half()"
         )
     in_channels = x.shape[1]
     for name, channels in (("input", in_channels), ("output", out_channels)):
@@ -140,6 +140,14 @@ def _check(
             )
     if group_width < 1 or in_channels % group_width:
         raise ValueError(f"fusion::convfirst: {in_channels} channels do not divide into groups of {group_width}")
+    if x.shape[2] * x.shape[3] * max(in_channels, out_channels) > MAX_IMAGE_ELEMENTS:
+        raise ValueError(
+            f"fusion::convfirst: images of {x.shape[2]}x{x.shape[3]} pixels are too large, split them: 2**31 elements "
+            "are the limit"
+        )
+    malformed = why_malformed(tile)
+    if malformed:
+        raise ValueError(f"fusion::convfirst: {tile!r} cannot run: {malformed}; take the tile of a plan")
     in_slabs = tile.in_slabs(in_channels)
     if tile.splits_groups(in_channels, group_width):
         raise ValueError(f"fusion::convfirst: slabs {in_slabs} of {tile!r} split groups of {group_width} channels")

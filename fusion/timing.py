@@ -5,6 +5,9 @@ from statistics import median
 
 import torch
 
+STAGE_DEPTH = 8
+"""Blocks of a timed stage, with distinct weights: so weights are not hot in L2 between replays."""
+
 
 def graph_us(run: Callable[[], object], replays: int = 20, warmup: int = 3) -> float:
     """Median duration in microseconds of `run`, captured in a CUDA graph on the current device.

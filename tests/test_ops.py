@@ -115,6 +115,16 @@ ERRORS = [
         ValueError,
         r"tile must be the 7 integers of ConvFirstTile.to_ints\(\), got \[8, 16\]",
     ),
+    (
+        lambda k: {"tile": ConvFirstTile(4, 8, 32, 32, 2, ffn_stages=1).to_ints()},
+        ValueError,
+        "cannot run: loops must be pipelined, in 2 stages at least; take the tile of a plan",
+    ),
+    (
+        lambda k: {"x": torch.empty(1).expand(1, 24, 2**14, 2**13)},
+        ValueError,
+        "images of 16384x8192 pixels are too large, split them",
+    ),
     (lambda k: {"activation": "gelu"}, ValueError, "activation 'gelu' is not supported, use relu or silu"),
     (lambda k: {"x": k["x"][:, :20]}, ValueError, "20 input channels are not supported, use a multiple of 8"),
     (lambda k: {"out_channels": 20}, ValueError, "20 output channels are not supported, use a multiple of 8"),

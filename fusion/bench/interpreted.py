@@ -6,17 +6,17 @@ from collections.abc import Sequence
 import torch
 
 from fusion.bench import report
+from fusion.bench.block_row import Row, block_row
 from fusion.bench.blocks import BlockConfig
-from fusion.bench.random_blocks import random_convfirst, relative_error
+from fusion.bench.random_blocks import random_convfirst
 from fusion.bench.report import Column
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import get_processor
 from fusion.progress import progress_bar
+from fusion.reference import relative_error
 
 CHECKED_PIXELS = 20
 """Height and width of the image: not a multiple of any tile, with pixels on and off the border."""
-
-Row = dict[str, object]
 
 
 def interpret_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, protocol: str) -> tuple[Row, list[Row]]:
@@ -52,30 +52,8 @@ def interpret_block(config: BlockConfig, plan: Plan) -> Row:
     launch(x, *packed, out, activation="relu", residual=True, tile=plan.tile)
     eager = block.half()(x)
     expected = block.double()(x.double())
-    return {
-        "block": config.block,
-        "channels": config.channels,
-        "alpha": config.alpha,
-        "hw": config.hw,
-        "batch": plan.shape.batch,
-        "dtype": plan.shape.dtype,
-        "eager_us": None,
-        "inductor_us": None,
-        "fused_us": None,
-        "speedup": None,
-        "tflops": None,
-        "pct_peak": None,
-        "limit_us": plan.limit_us,
-        "pct_limit": None,
-        "error": relative_error(out, expected),
-        "eager_error": relative_error(eager, expected),
-        "plan": repr(plan.tile),
-        "plan_why": plan.why,
-        "predicted_us": plan.predicted_us,
-        "ops": plan.ops_count,
-        "bytes": plan.bytes,
-        "checked": list(x.shape),
-    }
+    row = block_row(config, plan, relative_error(out, expected), relative_error(eager, expected))
+    return {**row, "checked": list(x.shape)}
 
 
 def print_blocks(meta: Row, rows: Sequence[Row]) -> None:

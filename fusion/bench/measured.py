@@ -9,21 +9,19 @@ import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 
 from fusion.bench import report
+from fusion.bench.block_row import Row, block_row
 from fusion.bench.blocks import BlockConfig
-from fusion.bench.random_blocks import random_convfirst, relative_error
+from fusion.bench.random_blocks import random_convfirst
 from fusion.bench.report import Column
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import get_processor
 from fusion.probe import probe_processor
 from fusion.progress import progress_bar
-from fusion.timing import graph_us
+from fusion.reference import relative_error
+from fusion.timing import STAGE_DEPTH, graph_us
 from fusion.tuner import tune_blocks
 
-DEPTH = 8
-"""Blocks of a stage: their weights together are not hot in L2 between replays."""
 CHECKED_IMAGES = 4
-
-Row = dict[str, object]
 
 
 def measure_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, protocol: str) -> tuple[Row, list[Row]]:
@@ -45,9 +43,9 @@ def measure_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, prot
 
 
 def measure_block(config: BlockConfig, plan: Plan) -> Row:
-    """Time a stage of `DEPTH` blocks in three ways and check the fused block against float64."""
+    """Time a stage of `STAGE_DEPTH` blocks in three ways and check the fused block against float64."""
     dtype, batch = getattr(torch, plan.shape.dtype), plan.shape.batch
-    blocks = [random_convfirst(config, seed) for seed in range(DEPTH)]
+    blocks = [random_convfirst(config, seed) for seed in range(STAGE_DEPTH)]
     eager = nn.Sequential(*(copy.deepcopy(block).to("cuda", dtype) for block in blocks))
     eager = eager.to(memory_format=torch.channels_last)
     fused = nn.Sequential(*(block.fused(lambda *_: plan) for block in blocks))
@@ -61,33 +59,10 @@ def measure_block(config: BlockConfig, plan: Plan) -> Row:
     out = fused[0](x)
     error = relative_error(out[some], expected) if out.isfinite().all() else float("nan")
 
-    fused_us = graph_us(lambda: fused(x)) / DEPTH
-    eager_us = graph_us(lambda: eager(x)) / DEPTH
-    inductor_us = graph_us(_inductor(eager, x)) / DEPTH
-    tflops = plan.ops_count / fused_us / 1e6
-    return {
-        "block": config.block,
-        "channels": config.channels,
-        "alpha": config.alpha,
-        "hw": config.hw,
-        "batch": batch,
-        "dtype": plan.shape.dtype,
-        "eager_us": eager_us,
-        "inductor_us": inductor_us,
-        "fused_us": fused_us,
-        "speedup": inductor_us / fused_us,
-        "tflops": tflops,
-        "pct_peak": 100 * tflops * 1e12 / plan.processor.peak_ops,
-        "limit_us": plan.limit_us,
-        "pct_limit": 100 * plan.limit_us / fused_us,
-        "error": error,
-        "eager_error": eager_error,
-        "plan": repr(plan.tile),
-        "plan_why": plan.why,
-        "predicted_us": plan.predicted_us,
-        "ops": plan.ops_count,
-        "bytes": plan.bytes,
-    }
+    fused_us = graph_us(lambda: fused(x)) / STAGE_DEPTH
+    eager_us = graph_us(lambda: eager(x)) / STAGE_DEPTH
+    inductor_us = graph_us(_inductor(eager, x)) / STAGE_DEPTH
+    return block_row(config, plan, error, eager_error, eager_us=eager_us, inductor_us=inductor_us, fused_us=fused_us)
 
 
 def print_blocks(meta: Row, rows: Sequence[Row]) -> None:
@@ -111,8 +86,8 @@ def print_blocks(meta: Row, rows: Sequence[Row]) -> None:
     keys = ("channels", "alpha", "hw", "eager_us", "inductor_us", "fused_us", "speedup", "tflops", "pct_peak")
     keys += ("limit_us", "pct_limit", "error", "eager_error", "plan")
     title = (
-        f"ConvFirst blocks on {meta['device']}, batch {meta['batch']}, {meta['dtype']}, µs per block; measured peak "
-        f"{meta['peak_tflops']:.0f} TFLOP/s, bandwidth {meta['bandwidth_tbs']:.2f} TB/s"
+        f"ConvFirst blocks on {meta['device']}, batch {meta['batch']}, {meta['dtype']}, µs per block; limits at "
+        f"{meta['peak_tflops']:.0f} TFLOP/s and {meta['bandwidth_tbs']:.2f} TB/s ({meta['ceilings_source']})"
     )
     report.print_table(columns, [[row[key] for key in keys] for row in rows], title)
     speedups = torch.tensor([row["speedup"] for row in rows])

@@ -28,8 +28,3 @@ def _randomise(bn: nn.BatchNorm2d, generator: torch.Generator) -> None:
     bn.running_var.copy_(0.5 + torch.rand(size, generator=generator))
     bn.weight.copy_(0.5 + torch.rand(size, generator=generator))
     bn.bias.copy_(0.1 * torch.randn(size, generator=generator))
-
-
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative L2 error; NaN if `out` holds a NaN."""
-    return ((out.double() - expected).norm() / expected.norm()).item()

@@ -98,8 +98,14 @@ class Plan:
 
 
 def ranked_tiles(shape: ConvFirstShape, processor: Processor) -> list[ConvFirstTile]:
-    """All valid candidates, the best prediction first."""
-    return sorted(candidate_tiles(shape, processor), key=lambda tile: round(predicted_us(tile, shape, processor), 2))
+    """All valid candidates, the best prediction first. Raises PlanError if there are none."""
+    tiles = list(candidate_tiles(shape, processor))
+    if not tiles:
+        raise PlanError(
+            f"no tile of the ConvFirst kernel fits {shape} on {processor.title}: its channels need more registers or "
+            "shared memory than a processor has; run the block layer by layer"
+        )
+    return sorted(tiles, key=lambda tile: round(predicted_us(tile, shape, processor), 2))
 
 
 def convfirst_shape(graph: BlockGraph) -> ConvFirstShape:
@@ -132,11 +138,6 @@ def plan_block(graph: BlockGraph, processor: str | Processor = "h200", tile: Con
         why = "the tile was given"
     else:
         tiles = ranked_tiles(shape, processor)
-        if not tiles:
-            raise PlanError(
-                f"no tile of the ConvFirst kernel fits {shape} on {processor.title}: its channels need more registers "
-                "or shared memory than a processor has; run the block layer by layer"
-            )
         tile = tiles[0]
         why = f"lowest predicted time of {len(tiles)} valid tiles"
         rejected += [

@@ -22,8 +22,8 @@ MAX_IMAGE_ELEMENTS = 2**31 - 1
 """The kernel computes offsets within an image in 32 bits."""
 MIN_HIDDEN_STEPS = 2
 MIN_STAGES = 2
-"""Triton 3.6 folds a loop of one step into straight code and does not pipeline one of a single stage. What Hopper's
-matrix products then read from shared memory is not always what was written: some tiles gave wrong results."""
+"""Triton 3.6 folds a loop of one step into straight code, and on Hopper such tiles gave wrong results. It does not
+pipeline a loop of one stage, whose code looks the same: refused as a precaution, never seen to fail by itself."""
 MAX_REGISTERS = 255
 SPILL_ALLOWANCE = 1.6
 """Estimated registers over available ones up to which a tile is worth trying: the estimate leaves out what the
@@ -115,11 +115,8 @@ def why_unsupported(shape: ConvFirstShape) -> str | None:
     return None
 
 
-def why_invalid(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> str | None:
-    """Why the kernel cannot, or should not, run `shape` with this tile on `processor`; None if it is valid."""
-    unsupported = why_unsupported(shape)
-    if unsupported:
-        return unsupported
+def why_malformed(tile: ConvFirstTile) -> str | None:
+    """Why the kernel gives right results for no block with this tile; None if it may."""
     for name in ("height", "width", "hidden", "conv_slab", "warps"):
         if getattr(tile, name) & (getattr(tile, name) - 1):
             return f"{name}={getattr(tile, name)} is not a power of two"
@@ -129,6 +126,14 @@ def why_invalid(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor
         return f"loops must be pipelined, in {MIN_STAGES} stages at least"
     if tile.warps > 16:
         return f"{tile.warps} warps are more than a program may have, 16"
+    return None
+
+
+def why_invalid(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> str | None:
+    """Why the kernel cannot, or should not, run `shape` with this tile on `processor`; None if it is valid."""
+    general = why_unsupported(shape) or why_malformed(tile)
+    if general:
+        return general
     if tile.pixels < 8 * tile.warps:
         return f"{tile.warps} warps are too many for {tile.pixels} pixels"
     if tile.splits_groups(shape.in_channels, shape.group_width):

@@ -12,7 +12,7 @@ import triton
 
 from fusion.planner.graph import BlockGraph
 from fusion.planner.match import ConvFirstShape
-from fusion.planner.plan import RUNNERS_UP, Plan, PlanError, Rejection, convfirst_shape, plan_block, ranked_tiles
+from fusion.planner.plan import RUNNERS_UP, Plan, Rejection, convfirst_shape, plan_block, ranked_tiles
 from fusion.planner.processor import Processor, get_processor
 from fusion.planner.tile import ConvFirstTile, why_invalid
 from fusion.probe import cuda_device, processor_of
@@ -101,9 +101,6 @@ def search(
 ) -> dict[ConvFirstShape, Results]:
     """Time candidates of every shape in two rounds. Raises PlanError for a shape that no tile fits."""
     ranked = {shape: ranked_tiles(shape, processor) for shape in shapes}
-    for shape, tiles in ranked.items():
-        if not tiles:
-            raise PlanError(f"no tile of the ConvFirst kernel fits {shape} on {processor.title}")
     results = {shape: Results() for shape in shapes}
     title = f"tuning {len(shapes)} block{'s' if len(shapes) > 1 else ''}"
     with progress_bar(title, show=progress) as bar, WorkerPool(device) as pool:

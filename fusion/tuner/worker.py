@@ -17,15 +17,12 @@ from torch import Tensor
 from fusion import reference
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.tile import ConvFirstTile
-from fusion.timing import graph_us
+from fusion.reference import ERROR_FACTOR, relative_error
+from fusion.timing import STAGE_DEPTH, graph_us
 from fusion.triton_kernels.convfirst import launch
 from fusion.weights import ConvFirstWeights
 
-DEPTH = 8
-"""Blocks of the timed stage, with distinct weights: so weights are not hot in L2 between replays."""
 CHECKED_IMAGES = 2
-ERROR_FACTOR = 2.0
-"""Largest error, as a multiple of eager PyTorch's in the same dtype."""
 
 
 @dataclass
@@ -42,7 +39,7 @@ class Bench:
     @cached_property
     def weights(self) -> list[ConvFirstWeights]:
         generator = torch.Generator().manual_seed(0)
-        return [random_weights(self.shape, generator) for _ in range(DEPTH)]
+        return [random_weights(self.shape, generator) for _ in range(STAGE_DEPTH)]
 
     @cached_property
     def x(self) -> Tensor:
@@ -65,7 +62,7 @@ class Bench:
 
     @cached_property
     def eager_error(self) -> float:
-        return self._error(self._reference(self.checked))
+        return relative_error(self._reference(self.checked), self.expected)
 
     def error(self, tile: ConvFirstTile) -> float:
         """Relative error of the first and last images.
@@ -79,10 +76,10 @@ class Bench:
         if not (out.isfinite().all() and torch.equal(out, again)):
             return float("inf")
         checked = torch.cat([out[: CHECKED_IMAGES // 2], out[-(CHECKED_IMAGES // 2) :]])
-        return self._error(checked)
+        return relative_error(checked, self.expected)
 
     def us(self, tile: ConvFirstTile) -> float:
-        """Microseconds a block of a stage of `DEPTH` blocks."""
+        """Microseconds a block of a stage of `STAGE_DEPTH` blocks."""
         runs = [self._run(weights, tile) for weights in self.weights]
         outs = [self._empty_output() for _ in range(2)]
         is_chain = self.shape.in_channels == self.shape.out_channels
@@ -93,7 +90,7 @@ class Bench:
                 run(x, outs[i % 2])
                 x = outs[i % 2] if is_chain else self.x
 
-        return graph_us(stage) / DEPTH
+        return graph_us(stage) / STAGE_DEPTH
 
     def _empty_output(self) -> Tensor:
         # NaN tells elements that the kernel does not write.
@@ -115,9 +112,6 @@ class Bench:
             w.to(x.device) for w in (first.conv, first.expand, first.expand_bias, first.project, first.project_bias)
         )
         return reference.convfirst(x, *tensors, self.shape.activation, self.shape.residual)
-
-    def _error(self, out: Tensor) -> float:
-        return ((out.double() - self.expected).norm() / self.expected.norm()).item()
 
 
 def random_weights(shape: ConvFirstShape, generator: torch.Generator) -> ConvFirstWeights:

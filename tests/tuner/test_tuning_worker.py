@@ -23,7 +23,7 @@ def shape(**changes) -> ConvFirstShape:
 def no_timing(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(worker, "graph_us", lambda run: (run(), 8.0)[1])
-        monkeypatch.setattr(worker, "DEPTH", 2)
+        monkeypatch.setattr(worker, "STAGE_DEPTH", 2)
         worker.bench_of.cache_clear()
 
 

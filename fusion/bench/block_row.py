@@ -1,0 +1,46 @@
+"""One row of a block benchmark: the JSON contract of `fusion.bench`, in one place."""
+
+from fusion.bench.blocks import BlockConfig
+from fusion.planner.plan import Plan
+
+Row = dict[str, object]
+
+
+def block_row(
+    config: BlockConfig,
+    plan: Plan,
+    error: float,
+    eager_error: float,
+    *,
+    eager_us: float | None = None,
+    inductor_us: float | None = None,
+    fused_us: float | None = None,
+) -> Row:
+    """A block's row. Times are in microseconds; what follows from one that was not taken is None.
+
+    OPs, bytes and the limit are those of the plan's program, errors are relative to float64.
+    """
+    tflops = None if fused_us is None else plan.ops_count / fused_us / 1e6
+    return {
+        "block": config.block,
+        "channels": config.channels,
+        "alpha": config.alpha,
+        "hw": config.hw,
+        "batch": plan.shape.batch,
+        "dtype": plan.shape.dtype,
+        "eager_us": eager_us,
+        "inductor_us": inductor_us,
+        "fused_us": fused_us,
+        "speedup": None if None in (inductor_us, fused_us) else inductor_us / fused_us,
+        "tflops": tflops,
+        "pct_peak": None if tflops is None else 100 * tflops * 1e12 / plan.processor.peak_ops,
+        "limit_us": plan.limit_us,
+        "pct_limit": None if fused_us is None else 100 * plan.limit_us / fused_us,
+        "error": error,
+        "eager_error": eager_error,
+        "plan": repr(plan.tile),
+        "plan_why": plan.why,
+        "predicted_us": plan.predicted_us,
+        "ops": plan.ops_count,
+        "bytes": plan.bytes,
+    }

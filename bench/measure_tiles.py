@@ -2,16 +2,16 @@
 
     python bench/measure_tiles.py --json bench/results/h200/tiles.json
 
-The constants of `fusion.planner.tile.predicted_us` are judged by this: the root mean square of predicted over measured
-minus one, and how much longer the tile predicted best takes than the one measured best.
+The constants of `fusion.planner.tile` and `fusion.planner.hopper_time` are judged by this: the root mean square of
+predicted over measured minus one, and how much longer the tile predicted best takes than the one measured best.
 """
 
 import argparse
 
 from fusion.bench import report
 from fusion.bench.blocks import FIGURE8, BlockConfig, parse_block
+from fusion.planner.families import family_of
 from fusion.planner.plan import convfirst_shape
-from fusion.planner.tile import predicted_us
 from fusion.probe import cuda_device, processor_of
 from fusion.tuner.tune import search
 
@@ -37,7 +37,7 @@ def main() -> None:
     rows, summary = [], []
     for config, shape in shapes.items():
         found = results[shape]
-        predicted = {tile: predicted_us(tile, shape, processor) for tile in found.measured}
+        predicted = {tile: family_of(tile).predicted_us(tile, shape, processor) for tile in found.measured}
         rows += [
             {
                 "block": config.block,
@@ -46,6 +46,7 @@ def main() -> None:
                 "hw": config.hw,
                 "batch": args.batch,
                 "dtype": shape.dtype,
+                "kernel": family_of(tile).name,
                 "tile": repr(tile),
                 "measured_us": found.measured[tile],
                 "predicted_us": predicted[tile],

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fusion import ops
+from fusion import kernels
+from fusion.kernels import Packed
 from fusion.planner.blocks import convfirst as convfirst_graph
+from fusion.planner.families import Tile
 from fusion.planner.graph import BlockGraph
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import Processor
-from fusion.planner.tile import ConvFirstTile
-from fusion.weights import ConvFirstWeights, PackedConvFirst
+from fusion.weights import ConvFirstWeights
 
 Tuner = Callable[[BlockGraph, str | Processor], Plan]
 """Makes the plan of a block on a processor: `plan_block` from shapes, `fusion.tuner.tune_block` by measurement."""
@@ -24,10 +25,11 @@ class FusedConvFirst(nn.Module):
     """ConvFirst block of stride 1 for inference: `[N, C, H, W] -> [N, K, H, W]`, channels_last.
 
     Takes fp16 and bf16 on GPUs and any floating dtype on CPUs, where it computes the reference. The plan is made at the
-    first input of each shape, by `tuner`. Weights are packed at the first use of a layout. The module has no parameters
-    and keeps no link to the block that it was folded from: fold again after training or loading.
+    first input of each shape, by `tuner`; its tile says which kernel runs. Weights are packed at the first use of a
+    layout. The module has no parameters and keeps no link to the block that it was folded from: fold again after
+    training or loading.
 
-    Raises (in `forward`): what `fusion.ops.convfirst` raises, and PlanError when no tile fits the input's shape.
+    Raises (in `forward`): what `fusion.kernels.run` raises, and PlanError when no tile fits the input's shape.
     """
 
     def __init__(self, weights: ConvFirstWeights, *, activation: str, residual: bool, tuner: Tuner = plan_block):
@@ -37,7 +39,7 @@ class FusedConvFirst(nn.Module):
         self.residual = residual
         self.tuner = tuner
         self._plans: dict[tuple, Plan] = {}
-        self._packed: dict[tuple, PackedConvFirst] = {}
+        self._packed: dict[tuple, Packed] = {}
 
     def plan(self, x: Tensor) -> Plan:
         """The plan for inputs like `x`."""
@@ -65,16 +67,17 @@ class FusedConvFirst(nn.Module):
             raise ValueError(
                 f"FusedConvFirst: the input must be [N, {self.weights.in_channels}, H, W], got {list(x.shape)}"
             )
-        tile, packed = self._layout(x)
-        return ops.convfirst(
+        kernel, tile, packed = self._layout(x)
+        return kernels.run(
+            kernel,
             x,
-            *packed,
-            self.weights.hidden_channels,
-            self.weights.out_channels,
-            self.weights.group_width,
-            self.activation,
-            self.residual,
+            packed,
             tile,
+            hidden_channels=self.weights.hidden_channels,
+            out_channels=self.weights.out_channels,
+            group_width=self.weights.group_width,
+            activation=self.activation,
+            residual=self.residual,
         )
 
     def extra_repr(self) -> str:
@@ -85,17 +88,18 @@ class FusedConvFirst(nn.Module):
         )
 
     @torch.compiler.assume_constant_result
-    def _layout(self, x: Tensor) -> tuple[list[int], tuple[Tensor, ...]]:
-        """Tile and packed weights for inputs like `x`: constants to torch.compile, which cannot trace the planner."""
-        tile = self.plan(x).tile
-        return tile.to_ints(), self._pack(tile, x).tensors()
+    def _layout(self, x: Tensor) -> tuple[str, list[int], tuple[Tensor, ...]]:
+        """Kernel, tile and packed weights for inputs like `x`: constants to torch.compile, which cannot trace the
+        planner."""
+        plan = self.plan(x)
+        return plan.kernel, plan.tile.to_ints(), self._pack(plan.tile, x).tensors()
 
-    def _pack(self, tile: ConvFirstTile, x: Tensor) -> PackedConvFirst:
-        key = (x.device, x.dtype, tile.conv_slab, tile.hidden)
+    def _pack(self, tile: Tile, x: Tensor) -> Packed:
+        key = (x.device, x.dtype, *kernels.packing(tile))
         if key not in self._packed:
             # Ordinary tensors, whatever mode the first caller is in: they are kept for all.
             with torch.inference_mode(False), torch.no_grad():
-                self._packed[key] = self.weights.pack(tile, x.dtype, x.device)
+                self._packed[key] = kernels.pack(self.weights, tile, x.dtype, x.device)
         return self._packed[key]
 
 

@@ -1,16 +1,28 @@
 """Fused blocks as PyTorch operators, for inference only."""
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op, triton_op, wrap_triton
 
 from fusion import reference
-from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_IMAGE_ELEMENTS, ConvFirstTile, why_malformed
-from fusion.weights import unpack_conv
+from fusion.op_checks import (
+    any_of,
+    check_input,
+    check_residual,
+    check_weights,
+    empty_output,
+    gradient_refusal,
+    refuse_malformed,
+    tile_from_ints,
+    weight_dtype,
+)
+from fusion.planner import hopper_tile
+from fusion.planner.hopper_tile import COMPUTE_CAPABILITY, HopperTile
+from fusion.planner.tile import ConvFirstTile, why_malformed
+from fusion.weights import hopper_sizes, unpack_conv, unpack_hopper
 
-GPU_DTYPES = tuple(getattr(torch, name) for name in KERNEL_DTYPES)
+ADDRESS_MULTIPLE = 16
+"""Of tensors that the Hopper kernel copies to shared memory, in bytes."""
 
 
 @triton_op("fusion::convfirst", mutates_args=())
@@ -45,22 +57,15 @@ def convfirst(
         TypeError: a dtype is not supported.
         ValueError: shapes, activation or tile do not fit together.
     """
-    if len(tile) != len(fields(ConvFirstTile)):
-        raise ValueError(
-            f"fusion::convfirst: tile must be the {len(fields(ConvFirstTile))} integers of ConvFirstTile.to_ints(), "
-            f"got {tile}"
-        )
-    config = ConvFirstTile(*tile)
-    _check(x, conv, expand, expand_bias, project, project_bias, hidden_channels, out_channels, group_width, config)
+    config = tile_from_ints("fusion::convfirst", ConvFirstTile, tile)
+    _check_convfirst(
+        x, conv, expand, expand_bias, project, project_bias, hidden_channels, out_channels, group_width, config
+    )
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
-            f"fusion::convfirst: activation {activation!r} is not supported, use {_any_of(reference.ACTIVATIONS)}"
+            f"fusion::convfirst: activation {activation!r} is not supported, use {any_of(reference.ACTIVATIONS)}"
         )
-    if residual and out_channels != x.shape[1]:
-        raise ValueError(
-            f"fusion::convfirst: a residual of {x.shape[1]} input channels cannot be added to {out_channels} output "
-            "channels; they must be equal, or pass residual=False"
-        )
+    check_residual("fusion::convfirst", residual, x.shape[1], out_channels)
     x = x.contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu":
         out = reference.convfirst(
@@ -77,10 +82,7 @@ def convfirst(
 
     from fusion.triton_kernels.convfirst import convfirst_kernel, launch
 
-    batch, _, height, width = x.shape
-    out = torch.empty(
-        (batch, out_channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    out = empty_output(x, out_channels)
     if x.numel():
         with torch.cuda.device(x.device):
             launch(
@@ -99,17 +101,10 @@ def convfirst(
     return out
 
 
-def _refuse_gradient(ctx, inputs, output) -> None:
-    raise RuntimeError(
-        "fusion::convfirst is an inference operator and has no gradient, but one of its inputs requires a gradient; "
-        "call it under torch.no_grad() or torch.inference_mode(), and train the unfused module"
-    )
+convfirst.register_autograd(lambda ctx, grad: None, setup_context=gradient_refusal("fusion::convfirst"))
 
 
-convfirst.register_autograd(lambda ctx, grad: None, setup_context=_refuse_gradient)
-
-
-def _check(
+def _check_convfirst(
     x: Tensor,
     conv: Tensor,
     expand: Tensor,
@@ -121,57 +116,138 @@ def _check(
     group_width: int,
     tile: ConvFirstTile,
 ) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"fusion::convfirst: x must be [N, C, H, W], got shape {list(x.shape)}")
-    if x.device.type not in ("cuda", "cpu"):
-        raise RuntimeError(
-            f"fusion::convfirst: x is on {x.device}; supported are CUDA GPUs, and CPUs for reference: move it there"
-        )
-    if x.device.type == "cuda" and x.dtype not in GPU_DTYPES:
-        raise TypeError(
-            f"fusion::convfirst: x has dtype {x.dtype}; supported are {_any_of(GPU_DTYPES)}: convert the model "
-            "and its input, for example with .half()"
-        )
+    check_input("fusion::convfirst", x, out_channels)
     in_channels = x.shape[1]
-    for name, channels in (("input", in_channels), ("output", out_channels)):
-        if channels % CHANNEL_MULTIPLE:
-            raise ValueError(
-                f"fusion::convfirst: {channels} {name} channels are not supported, use a multiple of {CHANNEL_MULTIPLE}"
-            )
     if group_width < 1 or in_channels % group_width:
         raise ValueError(f"fusion::convfirst: {in_channels} channels do not divide into groups of {group_width}")
-    if x.shape[2] * x.shape[3] * max(in_channels, out_channels) > MAX_IMAGE_ELEMENTS:
-        raise ValueError(
-            f"fusion::convfirst: images of {x.shape[2]}x{x.shape[3]} pixels are too large, split them: 2**31 elements "
-            "are the limit"
-        )
-    malformed = why_malformed(tile)
-    if malformed:
-        raise ValueError(f"fusion::convfirst: {tile!r} cannot run: {malformed}; take the tile of a plan")
+    refuse_malformed("fusion::convfirst", tile, why_malformed(tile))
     in_slabs = tile.in_slabs(in_channels)
     if tile.splits_groups(in_channels, group_width):
         raise ValueError(f"fusion::convfirst: slabs {in_slabs} of {tile!r} split groups of {group_width} channels")
     in_padded, out_padded = sum(in_slabs), sum(tile.out_slabs(out_channels))
     hidden = tile.padded_hidden(hidden_channels)
-    weight_dtype = x.dtype if x.device.type == "cuda" else None
-    for name, tensor, shape, dtype in (
-        ("conv", conv, [sum(9 * slab * slab for slab in in_slabs)], weight_dtype),
-        ("expand", expand, [in_padded, hidden], weight_dtype),
-        ("expand_bias", expand_bias, [hidden], torch.float32),
-        ("project", project, [hidden, out_padded], weight_dtype),
-        ("project_bias", project_bias, [out_padded], torch.float32),
-    ):
-        if list(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"fusion::convfirst: {name} must be a contiguous {shape} for {in_channels} input, {hidden_channels} "
-                f"hidden and {out_channels} output channels with {tile!r}, got shape {list(tensor.shape)} with strides "
-                f"{list(tensor.stride())}; pack the weights for this tile with fusion.weights.ConvFirstWeights.pack"
-            )
-        if dtype is not None and tensor.dtype != dtype:
-            raise TypeError(f"fusion::convfirst: {name} has dtype {tensor.dtype}, it must be {dtype} for {x.dtype} x")
-        if tensor.device != x.device:
-            raise RuntimeError(f"fusion::convfirst: {name} is on {tensor.device}, x on {x.device}; move one of them")
+    check_weights(
+        "fusion::convfirst",
+        x,
+        hidden_channels,
+        out_channels,
+        tile,
+        "pack",
+        (
+            ("conv", conv, [sum(9 * slab * slab for slab in in_slabs)], weight_dtype(x)),
+            ("expand", expand, [in_padded, hidden], weight_dtype(x)),
+            ("expand_bias", expand_bias, [hidden], torch.float32),
+            ("project", project, [hidden, out_padded], weight_dtype(x)),
+            ("project_bias", project_bias, [out_padded], torch.float32),
+        ),
+    )
 
 
-def _any_of(names) -> str:
-    return " or ".join(map(str, names))
+@custom_op("fusion::convfirst_hopper", mutates_args=())
+def convfirst_hopper(
+    x: Tensor,
+    weights: Tensor,
+    project_bias: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    residual: bool,
+    tile: list[int],
+) -> Tensor:
+    """ConvFirst block (section 5.3) with ReLU and groups of 8 channels as one kernel for Hopper GPUs.
+
+    `[N, C, H, W] -> [N, K, H, W]`, channels_last. It computes what `fusion::convfirst` does, but rounds the expansion's
+    bias to the dtype of `x`, and the expansion's fp32 sums before that bias is added to them. What is not finite
+    reaches a row further than in a convolution, from an image's first or last row to the next image of the batch.
+
+    Args:
+        x: fp16 or bf16 activations. Any other memory format than channels_last, or an address that is no multiple of
+            16 bytes, costs a copy. On a CPU any floating dtype will do: there the operator computes the reference.
+        weights, project_bias: `fusion.weights.PackedHopper`, packed for `tile`. The kernel reads them before the kernel
+            ahead of it in the stream has finished: that one must not be what writes them.
+        hidden_channels, out_channels: sizes without their padding.
+        tile: `HopperTile.to_ints()`.
+
+    Raises:
+        RuntimeError: the GPU is not of compute capability 9.0, a gradient would be needed, or the tensors are on
+            several devices.
+        TypeError: a dtype is not supported.
+        ValueError: shapes and tile do not fit together.
+    """
+    config = _check_convfirst_hopper(x, weights, project_bias, hidden_channels, out_channels, residual, tile)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.device.type == "cpu":
+        conv, expand, expand_bias, project = unpack_hopper(weights, config, x.shape[1], hidden_channels, out_channels)
+        out = reference.convfirst(x, conv, expand, expand_bias, project, project_bias[:out_channels], "relu", residual)
+        return out.contiguous(memory_format=torch.channels_last)
+    _check_gpu(x.device)
+    if weights.data_ptr() % ADDRESS_MULTIPLE:
+        raise ValueError(
+            f"fusion::convfirst_hopper: weights are at an address that is no multiple of {ADDRESS_MULTIPLE} bytes, "
+            "clone them"
+        )
+    if x.data_ptr() % ADDRESS_MULTIPLE:
+        x = x.clone(memory_format=torch.channels_last)
+
+    from fusion.triton_kernels.convfirst_hopper import launch
+
+    out = empty_output(x, out_channels)
+    if x.numel():
+        with torch.cuda.device(x.device):
+            launch(x, weights, project_bias, out, hidden_channels=hidden_channels, residual=residual, tile=config)
+    return out
+
+
+@convfirst_hopper.register_fake
+def _(
+    x: Tensor,
+    weights: Tensor,
+    project_bias: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    residual: bool,
+    tile: list[int],
+) -> Tensor:
+    _check_convfirst_hopper(x, weights, project_bias, hidden_channels, out_channels, residual, tile)
+    return empty_output(x, out_channels)
+
+
+convfirst_hopper.register_autograd(lambda ctx, grad: None, setup_context=gradient_refusal("fusion::convfirst_hopper"))
+
+
+def _check_convfirst_hopper(
+    x: Tensor,
+    weights: Tensor,
+    project_bias: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    residual: bool,
+    tile: list[int],
+) -> HopperTile:
+    config = tile_from_ints("fusion::convfirst_hopper", HopperTile, tile)
+    check_input("fusion::convfirst_hopper", x, out_channels)
+    refuse_malformed("fusion::convfirst_hopper", config, hopper_tile.why_malformed(config))
+    size = sum(hopper_sizes(config, x.shape[1], hidden_channels, out_channels))
+    check_weights(
+        "fusion::convfirst_hopper",
+        x,
+        hidden_channels,
+        out_channels,
+        config,
+        "pack_hopper",
+        (
+            ("weights", weights, [size], weight_dtype(x)),
+            ("project_bias", project_bias, [sum(config.out_slabs(out_channels))], torch.float32),
+        ),
+    )
+    check_residual("fusion::convfirst_hopper", residual, x.shape[1], out_channels)
+    return config
+
+
+def _check_gpu(device: torch.device) -> None:
+    found = torch.cuda.get_device_capability(device)
+    if found != COMPUTE_CAPABILITY:
+        needed, found = (".".join(map(str, capability)) for capability in (COMPUTE_CAPABILITY, found))
+        raise RuntimeError(
+            f"fusion::convfirst_hopper: {torch.cuda.get_device_name(device)} has compute capability {found}, the "
+            f"kernel needs {needed}; pack the weights for a ConvFirstTile and call fusion::convfirst, for any GPU"
+        )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fusion.planner.hopper_tile import CONV_ELEMENTS, GROUP_WIDTH, HopperTile
 from fusion.planner.tile import ConvFirstTile
 
 
@@ -102,6 +103,36 @@ class ConvFirstWeights:
             _padded(self.project_bias[None], 1, sum(out_slabs))[0].to(device, torch.float32),
         )
 
+    def pack_hopper(self, tile: HopperTile, dtype: torch.dtype, device: torch.device | str) -> "PackedHopper":
+        """Round once to `dtype` and lay out for the Hopper kernel, zero wherever slabs and hidden steps are padded.
+
+        Raises ValueError for groups that are not 8 channels wide.
+        """
+        if self.group_width != GROUP_WIDTH:
+            raise ValueError(
+                f"weights cannot be packed for {tile!r}: groups of {self.group_width} channels are not supported, "
+                f"only of {GROUP_WIDTH}; use a ConvFirstTile"
+            )
+        ins, outs = sum(tile.in_slabs(self.in_channels)), sum(tile.out_slabs(self.out_channels))
+        steps, hidden = tile.steps(self.hidden_channels), tile.padded_hidden(self.hidden_channels)
+        expand = _padded(self.expand.T, ins, hidden).reshape(ins, steps, tile.hidden)
+        project = _padded(self.project.T, hidden, outs).reshape(steps, tile.hidden, outs)
+        matrices = [expand.transpose(0, 1), *project.split(tile.out_slabs(self.out_channels), dim=2)]
+        # A product's sums lie in quads of threads, each with two neighbours of every eight: [steps, 4, hidden / 8, 2].
+        bias = _padded(self.expand_bias[None], 1, hidden).reshape(steps, -1, 4, 2).transpose(1, 2)
+        weights = torch.cat(
+            [
+                _conv_products(self.conv).flatten(),
+                torch.cat([matrix.flatten(1) for matrix in matrices], dim=1).flatten(),
+                bias.flatten(),
+            ]
+        )
+        project_bias = _padded(self.project_bias[None], 1, outs)[0]
+        # By way of the CPU: the kernel may start before the kernel ahead of it in the stream has finished, which must
+        # not be one that writes weights. Copies from the CPU are none.
+        weights, project_bias = weights.to("cpu", dtype).to(device), project_bias.to("cpu", torch.float32).to(device)
+        return PackedHopper(weights, project_bias)
+
 
 @dataclass(frozen=True)
 class PackedConvFirst:
@@ -146,6 +177,65 @@ def unpack_conv(packed: Tensor, slabs: tuple[int, ...], channels: int, group_wid
             groups.append(dense[:, start : start + group_width, start : start + group_width])
     taps_in_out = torch.stack(groups)[: channels // group_width]
     return taps_in_out.permute(0, 3, 2, 1).reshape(channels, group_width, 3, 3)
+
+
+@dataclass(frozen=True)
+class PackedHopper:
+    """Weights as the Hopper kernel reads them, padded to slabs and to steps of the tile.
+
+    `weights` is flat, matrices row by row. For each group of the convolution `[96, 16]`: input rows y - 1 to y + 2 in
+    two pairs, each `[3 columns, 2 rows, 8 channels]`, to output rows y and y + 1, each 8 channels. For each step of the
+    hidden channels `expand` `[slab in, hidden]` of every input slab, then `project` `[hidden, slab out]` of every
+    output slab. At last the hidden bias of each step, permuted as the threads hold it. `project_bias` is fp32
+    `[K padded]`.
+    """
+
+    weights: Tensor
+    project_bias: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """In the order of the kernel's and the operator's arguments."""
+        return self.weights, self.project_bias
+
+
+def hopper_sizes(tile: HopperTile, in_channels: int, hidden_channels: int, out_channels: int) -> tuple[int, int, int]:
+    """Elements of `PackedHopper.weights`: convolution, expand and project, hidden bias."""
+    channels = sum(tile.in_slabs(in_channels)) + sum(tile.out_slabs(out_channels))
+    hidden = tile.padded_hidden(hidden_channels)
+    return in_channels // GROUP_WIDTH * CONV_ELEMENTS, hidden * channels, hidden
+
+
+def unpack_hopper(
+    packed: Tensor, tile: HopperTile, in_channels: int, hidden_channels: int, out_channels: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`conv` `[C, 8, 3, 3]`, `expand` `[hidden, C]`, `expand_bias` `[hidden]`, `project` `[K, hidden]`, back from
+    `PackedHopper.weights`."""
+    conv, matrices, bias = packed.split(hopper_sizes(tile, in_channels, hidden_channels, out_channels))
+    # [groups, pair, column, row, in, output row, out] -> [groups, out, in, dy, dx] of the first output row
+    rows = conv.reshape(-1, 2, 3, 2, 8, 2, 8)[..., 0, :].permute(0, 5, 4, 1, 3, 2).reshape(-1, 8, 8, 4, 3)
+    steps, ins = tile.steps(hidden_channels), sum(tile.in_slabs(in_channels))
+    slabs = tile.out_slabs(out_channels)
+    expand, *project = matrices.reshape(steps, -1).split([tile.hidden * slab for slab in (ins, *slabs)], dim=1)
+    expand = expand.reshape(steps, ins, tile.hidden).transpose(1, 2).flatten(0, 1)
+    project = torch.cat([part.reshape(steps * tile.hidden, -1) for part in project], dim=1)
+    bias = bias.reshape(steps, 4, -1, 2).transpose(1, 2).flatten()
+    return (
+        rows[:, :, :, :3].reshape(in_channels, 8, 3, 3),
+        expand[:hidden_channels, :in_channels],
+        bias[:hidden_channels],
+        project[:hidden_channels, :out_channels].T,
+    )
+
+
+def _conv_products(conv: Tensor) -> Tensor:
+    """`[groups, 96, 16]`: four input rows at three columns to two output rows."""
+    # [groups, out, in, dy, dx] -> [groups, dy, dx, in, out]
+    taps = conv.reshape(-1, 8, 8, 3, 3).permute(0, 3, 4, 2, 1)
+    products = conv.new_zeros(len(taps), 4, 3, 8, 2, 8)
+    for row in range(2):
+        products[:, row : row + 3, :, :, row] = taps
+    # [groups, pair, row, column, in, output row, out] -> [groups, pair, column, row, in, output row, out]
+    return products.reshape(-1, 2, 2, 3, 8, 2, 8).transpose(2, 3).reshape(-1, 96, 16)
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fusion.modules import FusedConvFirst
+from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.plan import PlanError, plan_block
 from fusion.planner.tile import ConvFirstTile
 
@@ -67,6 +68,28 @@ def test_weights_are_packed_once_for_each_layout(fold, block):
         x = torch.randn(1, 24, height, 7)
         torch.testing.assert_close(fused(x), block(x), rtol=1e-5, atol=1e-5)
         assert len(fused._packed) == layouts
+
+
+def test_the_type_of_the_tile_says_which_kernel_runs(fold, block):
+    tiles = {
+        5: ConvFirstTile(4, 8, 16, 16, 1),
+        6: HopperTile(64, 16, 3, 1, 1, 0, 1),
+        7: HopperTile(64, 16, 4, 2, 1, 1, 1),
+    }
+    fused = FusedConvFirst(
+        fold(block),
+        activation="relu",
+        residual=True,
+        tuner=lambda graph, processor: plan_block(graph, "h200", tiles[graph.inputs[0]["H"]]),
+    )
+    for height, kernel, layouts in ((5, "convfirst", 1), (6, "convfirst_hopper", 2), (7, "convfirst_hopper", 2)):
+        x = torch.randn(1, 24, height, 7)
+        assert fused.plan(x).kernel == kernel
+        torch.testing.assert_close(fused(x), block(x), rtol=1e-5, atol=1e-5)
+        assert len(fused._packed) == layouts
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(x), fused(x))
 
 
 def test_a_copy_computes_the_same(fused):

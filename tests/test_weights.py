@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from fusion.planner.hopper_tile import HopperTile, weight_bytes
+from fusion.planner.match import ConvFirstShape
 from fusion.planner.tile import ConvFirstTile
-from fusion.weights import ConvFirstWeights, fold_batch_norm, unpack_conv
+from fusion.weights import ConvFirstWeights, fold_batch_norm, hopper_sizes, unpack_conv, unpack_hopper
 
 
 def random_batch_norm(channels, **options):
@@ -111,3 +113,91 @@ def test_weights_are_rounded_once(dtype, random_weights):
 def test_slabs_that_split_groups_are_refused(random_weights):
     with pytest.raises(ValueError, match=r"slabs \(16, 16\).*split groups of 32 channels"):
         random_weights(32, 64, group_width=32).pack(ConvFirstTile(4, 8, 32, 16, 1), torch.float16, "cpu")
+
+
+HOPPER_TILES = [HopperTile(64, hidden, 3, 1, 1, 0, 1) for hidden in (16, 32, 64)]
+
+
+@pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
+@pytest.mark.parametrize("out_channels", [None, 40])
+@pytest.mark.parametrize("channels", [8, 16, 24, 48, 72, 96, 144])
+def test_packing_for_hopper_can_be_undone(channels, out_channels, tile, random_weights):
+    weights = random_weights(channels, 40, out_channels)
+    packed = weights.pack_hopper(tile, torch.float64, "cpu")
+    sizes = channels, 40, weights.out_channels
+    assert packed.weights.shape == (sum(hopper_sizes(tile, *sizes)),)
+    conv, expand, expand_bias, project = unpack_hopper(packed.weights, tile, *sizes)
+    assert torch.equal(conv, weights.conv)
+    assert torch.equal(expand, weights.expand)
+    assert torch.equal(expand_bias, weights.expand_bias)
+    assert torch.equal(project, weights.project)
+    # The convolution is there for both output rows; all else is zero.
+    tensors = (weights.conv, weights.conv, weights.expand, weights.expand_bias, weights.project)
+    assert packed.weights.count_nonzero() == sum(tensor.count_nonzero() for tensor in tensors)
+    assert packed.project_bias.shape == (sum(tile.out_slabs(weights.out_channels)),)
+    assert torch.equal(packed.project_bias[: weights.out_channels], weights.project_bias.float())
+    assert not packed.project_bias[weights.out_channels :].any()
+
+
+@pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
+def test_the_planner_counts_the_bytes_that_are_packed(tile, random_weights):
+    """The kernel keeps the output's bias in 16 bits."""
+    shape = ConvFirstShape(1, 8, 8, 72, 100, 40, 8, "relu", False, "float16")
+    packed = random_weights(72, 100, 40).pack_hopper(tile, torch.float16, "cpu")
+    assert packed.weights.nbytes + packed.project_bias.nbytes // 2 == weight_bytes(tile, shape)
+
+
+def test_a_packed_group_is_a_product_to_two_output_rows(random_weights):
+    """`[96, 16]` from two pairs of input rows, three columns, two rows, 8 channels, against F.conv2d."""
+    weights, groups = random_weights(24, 16), 3
+    packed = weights.pack_hopper(HOPPER_TILES[0], torch.float64, "cpu")
+    matrices = packed.weights[: groups * 96 * 16].reshape(groups, 96, 16)
+    torch.manual_seed(0)
+    x = torch.randn(1, 24, 4, 9, dtype=torch.float64)
+    y = nn.functional.conv2d(x, weights.conv, padding=(0, 1), groups=groups)[0]  # [24, 2 rows, 9]
+    padded = nn.functional.pad(x[0], (1, 1))
+    for group, matrix in enumerate(matrices):
+        channels = slice(8 * group, 8 * group + 8)
+        for column in range(9):
+            window = [
+                padded[channels, 2 * pair + row, column + dx]
+                for pair in range(2)
+                for dx in range(3)
+                for row in range(2)
+            ]
+            rows = torch.cat(window) @ matrix
+            torch.testing.assert_close(rows, y[channels, :, column].T.flatten(), rtol=1e-12, atol=1e-12)
+
+
+def test_matrices_packed_for_hopper_by_hand():
+    """Steps of hidden channels, in each the slabs of expand, then of project; the bias as quads of threads hold it."""
+    expand = torch.arange(40 * 24, dtype=torch.float64).reshape(40, 24) + 1
+    project = -torch.arange(48 * 40, dtype=torch.float64).reshape(48, 40) - 1
+    bias = torch.arange(40, dtype=torch.float64) + 0.5
+    weights = ConvFirstWeights(torch.zeros(24, 8, 3, 3), expand, bias, project, torch.zeros(48))
+    tile = HopperTile(64, 32, 3, 1, 1, 0, 1)
+    packed = weights.pack_hopper(tile, torch.float64, "cpu").weights[3 * 96 * 16 :]
+    step = packed[: 2 * 32 * (32 + 48)].reshape(2, -1)[1]  # hidden channels 32 to 63
+    u, v0, v1 = (part.reshape(32, -1) for part in step.split([32 * 32, 32 * 32, 32 * 16]))
+    assert u[5, 7] == expand[32 + 7, 5] and not u[24:].any() and not u[:, 8:].any()
+    assert v0[7, 31] == project[31, 32 + 7] and v1[7, 15] == project[47, 32 + 7] and not v0[8:].any()
+    threads = packed[-64:-32].reshape(
+        4, 4, 2
+    )  # [thread of a quad, eight columns, neighbours] of hidden channels 0 to 31
+    assert threads[2, 3].tolist() == [8 * 3 + 2 * 2 + 0.5, 8 * 3 + 2 * 2 + 1.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_rounded_once_for_hopper(dtype, random_weights):
+    weights, tile = random_weights(24, 40), HOPPER_TILES[1]
+    packed = weights.pack_hopper(tile, dtype, "cpu")
+    assert [tensor.dtype for tensor in packed.tensors()] == [dtype, torch.float32]
+    assert all(tensor.is_contiguous() for tensor in packed.tensors())
+    exact = (weights.conv, weights.expand, weights.expand_bias, weights.project)
+    for tensor, original in zip(unpack_hopper(packed.weights, tile, 24, 40, 24), exact, strict=True):
+        assert torch.equal(tensor, original.to(dtype))
+
+
+def test_other_groups_than_of_8_are_refused_for_hopper(random_weights):
+    with pytest.raises(ValueError, match=r"groups of 16 channels are not supported, only of 8; use a ConvFirstTile"):
+        random_weights(32, 64, group_width=16).pack_hopper(HOPPER_TILES[0], torch.float16, "cpu")

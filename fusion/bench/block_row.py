@@ -38,6 +38,7 @@ def block_row(
         "pct_limit": None if fused_us is None else 100 * plan.limit_us / fused_us,
         "error": error,
         "eager_error": eager_error,
+        "kernel": plan.kernel,
         "plan": repr(plan.tile),
         "plan_why": plan.why,
         "predicted_us": plan.predicted_us,

@@ -35,8 +35,9 @@ PROTOCOL_GPU = (
     "cudnn.benchmark on, same graph; error: relative L2 error of the first block's output against float64"
 )
 PROTOCOL_INTERPRETER = (
-    "not timed: Triton's interpreter on a CPU, one small image (size in column 'checked'); predicted and limit "
-    "microseconds are the planner's, for the processor and batch given; error: relative L2 error against float64"
+    "not timed: the portable kernel in Triton's interpreter on a CPU, one small image (size in column 'checked'); "
+    "predicted and limit microseconds are the planner's, for the processor and batch given; error: relative L2 error "
+    "against float64"
 )
 
 

@@ -1,4 +1,4 @@
-"""ConvFirst blocks without a GPU: the kernel through Triton's interpreter on one small image, nothing timed."""
+"""ConvFirst blocks without a GPU: the portable kernel in Triton's interpreter on one small image, nothing timed."""
 
 import argparse
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def interpret_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, pr
     rows = []
     with torch.inference_mode(), progress_bar("checking blocks", len(blocks)) as bar:
         for config in blocks:
-            plan = plan_block(config.graph(args.batch, args.dtype), processor)
+            plan = plan_block(config.graph(args.batch, args.dtype), processor, kernel="convfirst")
             rows.append(interpret_block(config, plan))
             bar.advance()
     return meta, rows
@@ -67,6 +67,7 @@ def print_blocks(meta: Row, rows: Sequence[Row]) -> None:
         Column("eager error", "{:.1e}"),
         Column("predicted µs", "{:.1f}"),
         Column("limit µs", "{:.1f}"),
+        Column("kernel"),
         Column("plan"),
     )
     cells = [
@@ -79,12 +80,13 @@ def print_blocks(meta: Row, rows: Sequence[Row]) -> None:
             row["eager_error"],
             row["predicted_us"],
             row["limit_us"],
+            row["kernel"],
             row["plan"],
         ]
         for row in rows
     ]
     title = (
-        f"ConvFirst blocks, NOT TIMED (no GPU): kernel checked in Triton's interpreter; predictions for "
+        f"ConvFirst blocks, NOT TIMED (no GPU): portable kernel checked in Triton's interpreter; predictions for "
         f"{meta['processor']}, batch {meta['batch']}, {meta['dtype']}"
     )
     report.print_table(columns, cells, title)

@@ -81,10 +81,11 @@ def print_blocks(meta: Row, rows: Sequence[Row]) -> None:
         Column("% of limit", "{:.1f}"),
         Column("error", "{:.1e}"),
         Column("eager error", "{:.1e}"),
+        Column("kernel"),
         Column("plan"),
     )
     keys = ("channels", "alpha", "hw", "eager_us", "inductor_us", "fused_us", "speedup", "tflops", "pct_peak")
-    keys += ("limit_us", "pct_limit", "error", "eager_error", "plan")
+    keys += ("limit_us", "pct_limit", "error", "eager_error", "kernel", "plan")
     title = (
         f"ConvFirst blocks on {meta['device']}, batch {meta['batch']}, {meta['dtype']}, µs per block; limits at "
         f"{meta['peak_tflops']:.0f} TFLOP/s and {meta['bandwidth_tbs']:.2f} TB/s ({meta['ceilings_source']})"

@@ -2,21 +2,13 @@
 
 from dataclasses import dataclass, field
 
+from fusion.planner.families import FAMILIES, KernelFamily, Tile, family_named, family_of
 from fusion.planner.graph import BlockGraph
 from fusion.planner.lower import block_fused, layerwise
 from fusion.planner.match import ConvFirstShape, match_convfirst
 from fusion.planner.processor import Processor, get_processor
 from fusion.planner.program import Program
-from fusion.planner.tile import (
-    ConvFirstTile,
-    candidate_tiles,
-    estimated_registers,
-    local_memory_bytes,
-    predicted_us,
-    programs_per_processor,
-    why_invalid,
-    why_unsupported,
-)
+from fusion.planner.tile import why_unsupported
 from fusion.planner.waterline import analyze
 
 RUNNERS_UP = 3
@@ -28,7 +20,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Rejection:
-    """A program or tile that was not chosen."""
+    """A program, kernel or tile that was not chosen."""
 
     what: str
     why: str
@@ -38,19 +30,28 @@ class Rejection:
 class Plan:
     """How a block runs on a processor.
 
-    `kernel` names the kernel family. Times are in microseconds: `predicted_us` is the planner's estimate, `measured_us`
-    what a tuner measured, if it did. `why` and `rejected` say how the choice came about. `str(plan)` is the whole of
-    it; `repr(plan.tile)` can be pasted back as the `tile` of `plan_block`.
+    The type of `tile` says which kernel runs. Times are in microseconds: `predicted_us` is the planner's estimate,
+    `measured_us` what a tuner measured, if it did. `why` and `rejected` say how the choice came about. `str(plan)` is
+    the whole of it; `repr(plan.tile)` can be pasted back as the `tile` of `plan_block`.
     """
 
     program: Program
-    kernel: str
     shape: ConvFirstShape
-    tile: ConvFirstTile
+    tile: Tile
     processor: Processor
     why: str
     rejected: tuple[Rejection, ...] = field(default=(), repr=False)
     measured_us: float | None = None
+
+    @property
+    def family(self) -> KernelFamily:
+        """The kernel and what is known about its tiles."""
+        return family_of(self.tile)
+
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel family: "convfirst" or "convfirst_hopper"."""
+        return self.family.name
 
     @property
     def ops_count(self) -> int:
@@ -65,12 +66,12 @@ class Plan:
     @property
     def local_memory_bytes(self) -> int:
         """Shared memory of one program, in bytes."""
-        return local_memory_bytes(self.tile, self.shape, self.processor)
+        return self.family.local_memory_bytes(self.tile, self.shape, self.processor)
 
     @property
     def predicted_us(self) -> float:
         """Predicted duration in microseconds."""
-        return predicted_us(self.tile, self.shape, self.processor)
+        return self.family.predicted_us(self.tile, self.shape, self.processor)
 
     @property
     def limit_us(self) -> float:
@@ -79,14 +80,15 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as text, one fact a line."""
-        occupancy = programs_per_processor(self.tile, self.shape, self.processor)
+        registers = self.family.estimated_registers(self.tile, self.shape)
+        occupancy = self.family.programs_per_processor(self.tile, self.shape, self.processor)
         measured = "" if self.measured_us is None else f", measured {self.measured_us:.1f} us"
         lines = [
             str(self.program),
             f"  kernel {self.kernel} on {self.processor}",
             f"  {self.tile!r}",
             f"  local memory {self.local_memory_bytes / 1024:.0f} KB, about "
-            f"{estimated_registers(self.tile, self.shape):.0f} registers a thread, {occupancy} programs a processor",
+            f"{registers:.0f} registers a thread, {occupancy} programs a processor",
             f"  predicted {self.predicted_us:.1f} us{measured}, limit {self.limit_us:.1f} us",
             f"  chosen: {self.why}",
             *(f"  rejected {rejection.what}: {rejection.why}" for rejection in self.rejected),
@@ -97,15 +99,24 @@ class Plan:
         return self.describe()
 
 
-def ranked_tiles(shape: ConvFirstShape, processor: Processor) -> list[ConvFirstTile]:
-    """All valid candidates, the best prediction first. Raises PlanError if there are none."""
-    tiles = list(candidate_tiles(shape, processor))
-    if not tiles:
+def ranked_tiles(
+    shape: ConvFirstShape, processor: Processor, kernel: str | None = None
+) -> dict[KernelFamily, list[Tile]]:
+    """The kernels that run a block, in order of preference, and all their valid tiles, the best prediction first.
+
+    `kernel` leaves only the kernel family of that name. Raises PlanError if nothing is left, and ValueError for an
+    unknown name.
+    """
+    families = FAMILIES if kernel is None else (family_named(kernel),)
+    ranked = {family: family.ranked_tiles(shape, processor) for family in families}
+    ranked = {family: tiles for family, tiles in ranked.items() if tiles}
+    if not ranked:
+        reasons = "; ".join(f"{family.title}: {family.why_none(shape, processor)}" for family in families)
         raise PlanError(
-            f"no tile of the ConvFirst kernel fits {shape} on {processor.title}: its channels need more registers or "
-            "shared memory than a processor has; run the block layer by layer"
+            f"no tile of the ConvFirst kernel fits {shape} on {processor.title}: {reasons}; run the block layer by "
+            "layer"
         )
-    return sorted(tiles, key=lambda tile: round(predicted_us(tile, shape, processor), 2))
+    return ranked
 
 
 def convfirst_shape(graph: BlockGraph) -> ConvFirstShape:
@@ -122,30 +133,39 @@ def convfirst_shape(graph: BlockGraph) -> ConvFirstShape:
     return shape
 
 
-def plan_block(graph: BlockGraph, processor: str | Processor = "h200", tile: ConvFirstTile | None = None) -> Plan:
-    """Choose program and tile for a block on a processor, from shapes alone.
+def plan_block(
+    graph: BlockGraph,
+    processor: str | Processor = "h200",
+    tile: Tile | None = None,
+    *,
+    kernel: str | None = None,
+) -> Plan:
+    """Choose program, kernel and tile for a block on a processor, from shapes alone.
 
-    `tile` overrides the planner's choice. Raises PlanError when no fused kernel runs the block or the given tile is
-    not valid for it, and ValueError for an unknown processor.
+    `tile` overrides the planner's choice, of the kernel too; `kernel` names the kernel family that it chooses a tile
+    of. Raises PlanError when no fused kernel runs the block or the given tile is not valid for it, and ValueError for
+    an unknown processor or kernel.
     """
     processor = get_processor(processor)
     shape = convfirst_shape(graph)
-    rejected = [_layerwise_rejection(graph, processor)]
+    rejected = [_layerwise_rejection(graph, processor), *_impossible_kernels(shape, processor)]
     if tile is not None:
-        invalid = why_invalid(tile, shape, processor)
+        invalid = family_of(tile).why_invalid(tile, shape, processor)
         if invalid:
             raise PlanError(f"{tile!r} cannot run {shape}: {invalid}; leave the tile to the planner or change it")
         why = "the tile was given"
     else:
-        tiles = ranked_tiles(shape, processor)
-        tile = tiles[0]
-        why = f"lowest predicted time of {len(tiles)} valid tiles"
+        ranked = ranked_tiles(shape, processor, kernel)
+        (family, tiles), *others = ranked.items()
+        tile, *slower = tiles
+        why = f"lowest predicted time of {len(tiles)} valid tiles of the {family.title}"
+        rejected += [Rejection(repr(other), _prediction(other, shape, processor)) for other in slower[:RUNNERS_UP]]
         rejected += [
-            Rejection(repr(other), f"predicted {predicted_us(other, shape, processor):.1f} us")
-            for other in tiles[1 : 1 + RUNNERS_UP]
+            Rejection(other.title, f"{_prediction(best, shape, processor)} at best") for other, (best, *_) in others
         ]
-    program = block_fused(graph, (tile.height, tile.width), tile.hidden)
-    return Plan(program, "convfirst", shape, tile, processor, why, tuple(rejected))
+    family = family_of(tile)
+    program = block_fused(graph, family.pixel_tile(tile, shape), tile.hidden)
+    return Plan(program, shape, tile, processor, why, tuple(rejected))
 
 
 def _layerwise_rejection(graph: BlockGraph, processor: Processor) -> Rejection:
@@ -155,3 +175,12 @@ def _layerwise_rejection(graph: BlockGraph, processor: Processor) -> Rejection:
         "layerwise program",
         f"{len(program.kernels)} kernels move {program.bytes / 1e6:.0f} MB, at least {limit:.1f} us",
     )
+
+
+def _impossible_kernels(shape: ConvFirstShape, processor: Processor) -> list[Rejection]:
+    reasons = {family.title: family.why_none(shape, processor) for family in FAMILIES}
+    return [Rejection(title, reason) for title, reason in reasons.items() if reason]
+
+
+def _prediction(tile: Tile, shape: ConvFirstShape, processor: Processor) -> str:
+    return f"predicted {family_of(tile).predicted_us(tile, shape, processor):.1f} us"

@@ -150,6 +150,13 @@ def why_invalid(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor
     return None
 
 
+def why_none(shape: ConvFirstShape, processor: Processor) -> str | None:
+    """Why no tile runs `shape` on `processor`; None if some tile does."""
+    if next(candidate_tiles(shape, processor), None) is not None:
+        return None
+    return why_unsupported(shape) or "its channels need more registers or shared memory than a processor has"
+
+
 def local_memory_bytes(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> int:
     """Shared memory of a program, in bytes: the operands in flight of the hungrier of its two loops.
 

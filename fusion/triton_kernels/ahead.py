@@ -1,7 +1,7 @@
 """Compile kernels ahead of time, on a machine with or without a GPU, and read what the compiler made of them.
 
 `python -m fusion.triton_kernels.ahead --block 64,6,64 --capability 8.0 9.0` prints registers, spills, shared memory and
-matrix instructions of each combination.
+matrix instructions of each combination; `--hopper-tile 64,64,3,2,1,0,1` does so for the Hopper kernel.
 """
 
 import argparse
@@ -18,12 +18,18 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from fusion.planner import hopper_tile
 from fusion.planner.blocks import convfirst
+from fusion.planner.hopper_tile import WARPS, HopperTile
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.plan import convfirst_shape, plan_block
 from fusion.planner.tile import ConvFirstTile, why_unsupported
-from fusion.triton_kernels.convfirst import constants, convfirst_kernel
+from fusion.triton_kernels import convfirst as portable
+from fusion.triton_kernels import convfirst_hopper as hopper
+from fusion.triton_kernels.convfirst import convfirst_kernel
+from fusion.triton_kernels.convfirst_hopper import convfirst_hopper_kernel
 
 PROCESSOR_OF_CAPABILITY = {
     (8, 0): "a100",
@@ -34,7 +40,7 @@ PROCESSOR_OF_CAPABILITY = {
     (12, 0): "rtx4090",
 }
 """For whom the tile is planned: an older processor with the same local memory where the planner knows none."""
-POINTER_TYPES = {"float16": "*fp16", "bfloat16": "*bf16"}
+TYPES = {"float16": "fp16", "bfloat16": "bf16"}
 POINTER_ALIGNMENT = 16
 """Of PyTorch's allocations, in bytes. The compiler must know it to load and copy 16 bytes at a time."""
 WARP_SIZE = 32
@@ -68,15 +74,9 @@ def compile_convfirst(
     Raises ValueError for a block that no tile runs, and RuntimeError under TRITON_INTERPRET=1. A tile that asks for
     more than a GPU has may compile: compare the result with the GPU's memories.
     """
-    if not isinstance(convfirst_kernel, triton.JITFunction):
-        raise RuntimeError(
-            "kernels cannot be compiled ahead of time under TRITON_INTERPRET=1, where Triton interprets them; unset it "
-            "before Triton is imported, for example in a subprocess"
-        )
-    unsupported = why_unsupported(shape)
-    if unsupported:
-        raise ValueError(f"the ConvFirst kernel does not run {shape}: {unsupported}")
-    values = constants(
+    _refuse_interpreter()
+    _refuse(shape, why_unsupported(shape))
+    values = portable.constants(
         shape.in_channels,
         shape.hidden_channels,
         shape.out_channels,
@@ -85,9 +85,57 @@ def compile_convfirst(
         tile=tile,
     )
     signature = {name: _argument_type(name, values, shape.dtype) for name in convfirst_kernel.arg_names}
+    return _compile(ASTSource, convfirst_kernel, signature, values, compute_capability, {"num_warps": tile.warps})
+
+
+def compile_convfirst_hopper(shape: ConvFirstShape, tile: HopperTile) -> Resources:
+    """Compile the Hopper kernel for a block and a tile, for compute capability 9.0; no GPU is needed.
+
+    Raises ValueError for a block that no tile runs and for a malformed tile, and RuntimeError under TRITON_INTERPRET=1.
+    """
+    _refuse_interpreter()
+    _refuse(shape, hopper_tile.why_unsupported(shape) or hopper_tile.why_malformed(tile))
+    spec = hopper.constants(
+        shape.height,
+        shape.width,
+        shape.in_channels,
+        shape.hidden_channels,
+        shape.out_channels,
+        residual=shape.residual,
+        tile=tile,
+    )
+    values = {"S": spec}
+    signature = {name: _argument_type(name, values, shape.dtype) for name in convfirst_hopper_kernel.arg_names}
+    box, layout = hopper.descriptor_box(spec), hopper.descriptor_layout()
+    signature["x_desc"] = f"tensordesc<{TYPES[shape.dtype]}{box},{layout!r}>"
+    options = {"num_warps": WARPS, "maxnreg": hopper.register_limit(tile)}
+    return _compile(GluonASTSource, convfirst_hopper_kernel, signature, values, hopper_tile.COMPUTE_CAPABILITY, options)
+
+
+def _refuse_interpreter() -> None:
+    if not isinstance(convfirst_kernel, triton.JITFunction):
+        raise RuntimeError(
+            "kernels cannot be compiled ahead of time under TRITON_INTERPRET=1, where Triton interprets them; unset it "
+            "before Triton is imported, for example in a subprocess"
+        )
+
+
+def _refuse(shape: ConvFirstShape, reason: str | None) -> None:
+    if reason:
+        raise ValueError(f"the ConvFirst kernel does not run {shape}: {reason}")
+
+
+def _compile(
+    source_type: type[ASTSource],
+    kernel: triton.JITFunction,
+    signature: dict[str, str],
+    values: dict[str, object],
+    compute_capability: tuple[int, int],
+    options: dict[str, int | None],
+) -> Resources:
     position = {name: (index,) for index, name in enumerate(signature)}
-    source = ASTSource(
-        convfirst_kernel,
+    source = source_type(
+        kernel,
         signature,
         {position[name]: value for name, value in values.items()},
         {
@@ -98,7 +146,7 @@ def compile_convfirst(
     )
     major, minor = compute_capability
     target = GPUTarget("cuda", 10 * major + minor, WARP_SIZE)
-    return _resources(triton.compile(source, target=target, options={"num_warps": tile.warps}))
+    return _resources(triton.compile(source, target=target, options=options))
 
 
 def _argument_type(name: str, values: dict[str, object], dtype: str) -> str:
@@ -106,7 +154,7 @@ def _argument_type(name: str, values: dict[str, object], dtype: str) -> str:
         return "constexpr"
     if name.endswith("_bias_ptr"):
         return "*fp32"
-    return POINTER_TYPES[dtype] if name.endswith("_ptr") else "i32"
+    return f"*{TYPES[dtype]}" if name.endswith("_ptr") else "i32"
 
 
 def _resources(compiled) -> Resources:
@@ -136,13 +184,17 @@ def _dump(cubin: bytes, option: str) -> str:
 
 
 def _compile_row(
-    block: tuple[int, int, int], capability: tuple[int, int], tile: ConvFirstTile | None
+    block: tuple[int, int, int], dtype: str, capability: tuple[int, int], tile: ConvFirstTile | HopperTile | None
 ) -> dict[str, object]:
     channels, expansion, size = block
-    graph = convfirst(128, size, size, channels, expansion)
+    graph = convfirst(128, size, size, channels, expansion, dtype=dtype)
     if tile is None:
         tile = plan_block(graph, PROCESSOR_OF_CAPABILITY[capability]).tile
-    resources = compile_convfirst(convfirst_shape(graph), tile, capability)
+    shape = convfirst_shape(graph)
+    if isinstance(tile, HopperTile):
+        resources = compile_convfirst_hopper(shape, tile)
+    else:
+        resources = compile_convfirst(shape, tile, capability)
     return {"block": block, "capability": capability, "tile": tile.to_ints(), **asdict(resources)}
 
 
@@ -162,6 +214,13 @@ def _tile(text: str) -> ConvFirstTile:
         return ConvFirstTile(*_ints(text))
     except TypeError:
         raise argparse.ArgumentTypeError(f"{text!r} does not have the fields of ConvFirstTile, 5 to 7") from None
+
+
+def _hopper_tile(text: str) -> HopperTile:
+    try:
+        return HopperTile(*_ints(text))
+    except TypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} does not have the fields of HopperTile, 7") from None
 
 
 def _capability(text: str) -> tuple[int, ...]:
@@ -188,11 +247,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fusion.triton_kernels.ahead", description=main.__doc__)
     parser.add_argument("--block", type=_block, nargs="+", required=True, metavar="CHANNELS,EXPANSION,SIZE")
     parser.add_argument("--capability", type=_capability, nargs="+", default=[(9, 0)], metavar="MAJOR.MINOR")
-    parser.add_argument("--tile", type=_tile, help="fields of ConvFirstTile with commas; default: the planner's choice")
+    parser.add_argument("--dtype", choices=TYPES, default="float16")
+    tile = parser.add_mutually_exclusive_group()
+    tile.add_argument("--tile", type=_tile, help="fields of ConvFirstTile with commas; default: the planner's choice")
+    tile.add_argument(
+        "--hopper-tile", type=_hopper_tile, help="fields of HopperTile with commas: compile the Hopper kernel"
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     options = parser.parse_args(arguments)
+    if options.hopper_tile and any(capability != hopper_tile.COMPUTE_CAPABILITY for capability in options.capability):
+        parser.error("--hopper-tile is for compute capability 9.0 only, leave --capability out")
     rows = [
-        _compile_row(block, capability, options.tile)
+        _compile_row(block, options.dtype, capability, options.hopper_tile or options.tile)
         for block, capability in product(options.block, options.capability)
     ]
     print(json.dumps(rows) if options.json else _table(rows))

@@ -1,7 +1,8 @@
 """Tuned tiles on disk: one small JSON file for each block, so that processes can share the folder without locks.
 
 The folder is `$FUSION_CACHE_DIR`, or `fusion` in `$XDG_CACHE_HOME` or `~/.cache`. A file is written whole and then
-renamed into place. Nothing read from it is executed: it holds integers, which still have to make a valid tile.
+renamed into place. Nothing read from it is executed: it names a kernel family and holds integers, which still have to
+make a valid tile.
 """
 
 import hashlib
@@ -12,15 +13,15 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fusion.planner.families import Tile, family_named, family_of
 from fusion.planner.match import ConvFirstShape
-from fusion.planner.tile import ConvFirstTile
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a measurement depends on. `kernel_hash` is that of the kernel's source."""
+    """What a measurement depends on. `kernel_hash` is that of the kernels' sources."""
 
     device: str
     triton: str
@@ -40,7 +41,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fusion"
 
 
-def load(key: CacheKey) -> tuple[ConvFirstTile, float] | None:
+def load(key: CacheKey) -> tuple[Tile, float] | None:
     """The tuned tile of a key and its microseconds; None if it has to be tuned.
 
     A file that cannot be used (corrupt, of another format, for another block) gives one warning and None.
@@ -52,7 +53,7 @@ def load(key: CacheKey) -> tuple[ConvFirstTile, float] | None:
             raise ValueError(f"format {entry['format']!r}, this version of fusion reads {FORMAT}")
         if entry["key"] != json.loads(json.dumps(asdict(key))):
             raise ValueError("it belongs to another block")
-        return ConvFirstTile(**entry["tile"]), float(entry["us"])
+        return family_named(entry["kernel"]).tile_type(**entry["tile"]), float(entry["us"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -63,10 +64,11 @@ def load(key: CacheKey) -> tuple[ConvFirstTile, float] | None:
         return None
 
 
-def store(key: CacheKey, tile: ConvFirstTile, us: float) -> None:
+def store(key: CacheKey, tile: Tile, us: float) -> None:
     """Remember the tuned tile of a key. Warns, and goes on, if the folder cannot be written."""
     path = key.path()
-    entry = {"format": FORMAT, "key": asdict(key), "tile": asdict(tile), "us": us}
+    kernel = family_of(tile).name
+    entry = {"format": FORMAT, "key": asdict(key), "kernel": kernel, "tile": asdict(tile), "us": us}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:

@@ -1,40 +1,41 @@
 """The search: which tiles are tried, in which order, and what becomes of the results."""
 
 import hashlib
-import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import triton
 
+from fusion import triton_kernels
+from fusion.planner.families import KernelFamily, Tile, family_of
 from fusion.planner.graph import BlockGraph
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.plan import RUNNERS_UP, Plan, Rejection, convfirst_shape, plan_block, ranked_tiles
 from fusion.planner.processor import Processor, get_processor
-from fusion.planner.tile import ConvFirstTile, why_invalid
 from fusion.probe import cuda_device, processor_of
 from fusion.progress import progress_bar
-from fusion.triton_kernels import convfirst
 from fusion.tuner import cache
 from fusion.tuner.pool import WorkerPool
 
 FIRST_ROUND = 24
-"""Tiles of the first round: the best predictions among those that differ in more than aspect and pipelines."""
+"""Tiles of the first round: the best predictions among those of different designs."""
+ALTERNATIVES = 8
+"""How many of them are of a kernel family that the planner would not choose."""
 SECOND_ROUND_SEEDS = 3
-"""Winners of the first round whose aspects and pipelines the second round tries."""
+"""Winners of the first round of whose designs the second round tries all tiles."""
 
 
 @dataclass
 class Results:
     """What a search found: microseconds of the tiles that work, and how many failed for which reason."""
 
-    measured: dict[ConvFirstTile, float] = field(default_factory=dict)
+    measured: dict[Tile, float] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
 
-    def ranking(self) -> list[ConvFirstTile]:
+    def ranking(self) -> list[Tile]:
         """Tiles that work, the fastest first."""
         return sorted(self.measured, key=self.measured.__getitem__)
 
@@ -54,10 +55,11 @@ def tune_blocks(
 ) -> list[Plan]:
     """Plan blocks by measurement: for each the fastest tile whose results are right, from the cache or from a search.
 
+    Tiles of all kernels that can run a block compete, so that none is slower than what runs everywhere.
     The search times some 50 tiles a block, each in a worker process, on random weights and inputs: a stage of eight
     blocks in a CUDA graph. It shows a progress bar on standard error unless `progress` is False and keeps the winners
     (`fusion.tuner.cache`); `refresh` searches even if the cache knows. `device` is a GPU (default: the current one);
-    `processor` (default: that GPU) only orders the candidates.
+    `processor` (default: that GPU) says which tiles are valid and in which order they are tried.
 
     Raises RuntimeError without a CUDA GPU or if no tile of a block gives right results, and PlanError for a block that
     has no kernel.
@@ -83,6 +85,7 @@ def tune_blocks(
         best, *others = found.ranking()
         cache.store(key, best, found.measured[best])
         rejected = [Rejection(repr(tile), f"measured {found.measured[tile]:.1f} us") for tile in others[:RUNNERS_UP]]
+        rejected += _slower_kernels(found)
         rejected += [Rejection(f"{count} tiles", reason) for reason, count in found.failures.most_common()]
         why = f"measured fastest of {len(found.measured)} tiles on {key.device}"
         plans.append(_plan(graph, processor, best, found.measured[best], why, rejected))
@@ -90,10 +93,15 @@ def tune_blocks(
 
 
 def cache_key(shape: ConvFirstShape, device: torch.device) -> cache.CacheKey:
-    """What a measurement of this block on this GPU, with this compiler and this kernel, is kept under."""
-    source = Path(inspect.getfile(convfirst)).read_bytes()
+    """What a measurement of this block on this GPU, with this compiler and these kernels, is kept under."""
+    source = b"".join(path.read_bytes() for path in kernel_sources())
     name = torch.cuda.get_device_name(device)
     return cache.CacheKey(name, triton.__version__, hashlib.sha256(source).hexdigest()[:16], shape)
+
+
+def kernel_sources() -> list[Path]:
+    """The files that hold the kernels of all families."""
+    return sorted(Path(triton_kernels.__file__).parent.glob("convfirst*.py"))
 
 
 def search(
@@ -105,7 +113,7 @@ def search(
     title = f"tuning {len(shapes)} block{'s' if len(shapes) > 1 else ''}"
     with progress_bar(title, show=progress) as bar, WorkerPool(device) as pool:
 
-        def run_round(choose: Callable[[ConvFirstShape], Sequence[ConvFirstTile]]) -> None:
+        def run_round(choose: Callable[[ConvFirstShape], Sequence[Tile]]) -> None:
             jobs = [(shape, tile) for shape in shapes for tile in choose(shape)]
             bar.extend(2 * len(jobs))
             pool.compile(jobs, bar.advance)
@@ -123,36 +131,53 @@ def search(
     return results
 
 
-def first_round(ranked: Sequence[ConvFirstTile]) -> list[ConvFirstTile]:
-    """The best of each design (pixels, hidden step, slab, warps), up to `FIRST_ROUND`."""
-    best: dict[tuple, ConvFirstTile] = {}
-    for tile in ranked:
-        best.setdefault(_design(tile), tile)
-    return list(best.values())[:FIRST_ROUND]
+def first_round(ranked: Mapping[KernelFamily, Sequence[Tile]]) -> list[Tile]:
+    """The best of each design, up to `FIRST_ROUND`: `ALTERNATIVES` of each kernel but the first, which has the rest."""
+    preferred, *others = (_best_of_designs(family, tiles) for family, tiles in ranked.items())
+    alternatives = [tile for tiles in others for tile in tiles[:ALTERNATIVES]]
+    return preferred[: FIRST_ROUND - len(alternatives)] + alternatives
 
 
 def second_round(
-    ranked: Sequence[ConvFirstTile], winners: Sequence[ConvFirstTile], tried: Sequence[ConvFirstTile]
-) -> list[ConvFirstTile]:
-    """Other aspects and pipelines of the fastest designs."""
-    fastest = {_design(tile) for tile in winners[:SECOND_ROUND_SEEDS]}
-    return [tile for tile in ranked if _design(tile) in fastest and tile not in tried]
+    ranked: Mapping[KernelFamily, Sequence[Tile]], winners: Sequence[Tile], tried: Sequence[Tile]
+) -> list[Tile]:
+    """Tiles not tried yet of the fastest designs."""
+    fastest = {(family_of(tile), family_of(tile).design(tile)) for tile in winners[:SECOND_ROUND_SEEDS]}
+    return [
+        tile
+        for family, tiles in ranked.items()
+        for tile in tiles
+        if (family, family.design(tile)) in fastest and tile not in tried
+    ]
 
 
-def _design(tile: ConvFirstTile) -> tuple:
-    return tile.pixels, tile.hidden, tile.conv_slab, tile.warps
+def _best_of_designs(family: KernelFamily, ranked: Sequence[Tile]) -> list[Tile]:
+    best: dict[tuple[int, ...], Tile] = {}
+    for tile in ranked:
+        best.setdefault(family.design(tile), tile)
+    return list(best.values())
+
+
+def _slower_kernels(found: Results) -> list[Rejection]:
+    """Each kernel family that was measured, but the fastest, with its best time."""
+    best: dict[KernelFamily, float] = {}
+    for tile in found.ranking():
+        best.setdefault(family_of(tile), found.measured[tile])
+    return [Rejection(family.title, f"measured {us:.1f} us at best") for family, us in list(best.items())[1:]]
 
 
 def _usable(
-    cached: tuple[ConvFirstTile, float] | None, shape: ConvFirstShape, processor: Processor
-) -> tuple[ConvFirstTile, float] | None:
-    return cached if cached is not None and why_invalid(cached[0], shape, processor) is None else None
+    cached: tuple[Tile, float] | None, shape: ConvFirstShape, processor: Processor
+) -> tuple[Tile, float] | None:
+    if cached is None or family_of(cached[0]).why_invalid(cached[0], shape, processor):
+        return None
+    return cached
 
 
 def _plan(
     graph: BlockGraph,
     processor: Processor,
-    tile: ConvFirstTile,
+    tile: Tile,
     us: float,
     why: str,
     rejected: Sequence[Rejection] = (),

@@ -14,12 +14,11 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from fusion import reference
+from fusion import kernels, reference
+from fusion.planner.families import Tile, family_named
 from fusion.planner.match import ConvFirstShape
-from fusion.planner.tile import ConvFirstTile
 from fusion.reference import ERROR_FACTOR, relative_error
 from fusion.timing import STAGE_DEPTH, graph_us
-from fusion.triton_kernels.convfirst import launch
 from fusion.weights import ConvFirstWeights
 
 CHECKED_IMAGES = 2
@@ -64,7 +63,7 @@ class Bench:
     def eager_error(self) -> float:
         return relative_error(self._reference(self.checked), self.expected)
 
-    def error(self, tile: ConvFirstTile) -> float:
+    def error(self, tile: Tile) -> float:
         """Relative error of the first and last images.
 
         Infinite if any element is not written, is not finite, or is another one in a second run: that is a race.
@@ -78,7 +77,7 @@ class Bench:
         checked = torch.cat([out[: CHECKED_IMAGES // 2], out[-(CHECKED_IMAGES // 2) :]])
         return relative_error(checked, self.expected)
 
-    def us(self, tile: ConvFirstTile) -> float:
+    def us(self, tile: Tile) -> float:
         """Microseconds a block of a stage of `STAGE_DEPTH` blocks."""
         runs = [self._run(weights, tile) for weights in self.weights]
         outs = [self._empty_output() for _ in range(2)]
@@ -100,10 +99,17 @@ class Bench:
         )
         return out.permute(0, 3, 1, 2)
 
-    def _run(self, weights: ConvFirstWeights, tile: ConvFirstTile) -> Callable[[Tensor, Tensor], None]:
-        packed = weights.pack(tile, self.dtype, self.device).tensors()
-        return lambda x, out: launch(
-            x, *packed, out, activation=self.shape.activation, residual=self.shape.residual, tile=tile
+    def _run(self, weights: ConvFirstWeights, tile: Tile) -> Callable[[Tensor, Tensor], None]:
+        shape = self.shape
+        packed = kernels.pack(weights, tile, self.dtype, self.device)
+        return lambda x, out: kernels.launch(
+            x,
+            packed,
+            out,
+            tile,
+            hidden_channels=shape.hidden_channels,
+            activation=shape.activation,
+            residual=shape.residual,
         )
 
     def _reference(self, x: Tensor) -> Tensor:
@@ -131,9 +137,9 @@ def random_weights(shape: ConvFirstShape, generator: torch.Generator) -> ConvFir
     )
 
 
-def answer(shape: dict, tile: list[int], compile_only: bool, device: str) -> dict:
+def answer(shape: dict, kernel: str, tile: list[int], compile_only: bool, device: str) -> dict:
     """`{"us": ...}`, or `{"failed": reason}` when the result is wrong; `{}` when only a compilation was asked for."""
-    config = ConvFirstTile(*tile)
+    config = family_named(kernel).tile_type(*tile)
     if compile_only:
         # The batch is no part of the compiled kernel: one image will do.
         bench_of(ConvFirstShape(**{**shape, "batch": 1}), device).error(config)

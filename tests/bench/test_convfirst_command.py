@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HAS_GPU = torch.cuda.is_available()
 CONTRACT = {
     *("block", "channels", "alpha", "hw", "batch", "dtype", "eager_us", "inductor_us", "fused_us", "speedup"),
-    *("tflops", "pct_peak", "limit_us", "pct_limit", "error", "eager_error", "plan"),
+    *("tflops", "pct_peak", "limit_us", "pct_limit", "error", "eager_error", "kernel", "plan"),
 }
+TILES = {"convfirst": "ConvFirstTile(", "convfirst_hopper": "HopperTile("}
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -45,7 +46,7 @@ def test_the_json_keeps_its_contract(two_blocks):
         assert set(row) >= CONTRACT
         assert 0 < row["error"] <= 2 * row["eager_error"]
         assert row["limit_us"] > 0
-        assert row["plan"].startswith("ConvFirstTile(")
+        assert row["plan"].startswith(TILES[row["kernel"]])
 
 
 @pytest.mark.skipif(HAS_GPU, reason="for machines without a GPU")
@@ -55,6 +56,8 @@ def test_without_a_gpu_nothing_is_timed_and_the_output_says_so(two_blocks):
     assert "interpreter" in result.stdout
     assert report["meta"]["timed"] is False
     for row in report["rows"]:
+        assert row["kernel"] == "convfirst", "the interpreter runs no other"
+        assert f" {row['kernel']} " in result.stdout
         assert all(row[key] is None for key in ("eager_us", "inductor_us", "fused_us", "speedup", "tflops"))
         assert row["predicted_us"] > row["limit_us"]
 

@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 
 from fusion.planner.blocks import convfirst, mbconv
+from fusion.planner.families import HOPPER, PORTABLE
+from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.plan import PlanError, plan_block, ranked_tiles
 from fusion.planner.processor import PROCESSORS
-from fusion.planner.tile import ConvFirstTile, predicted_us
+from fusion.planner.tile import ConvFirstTile
 from fusion.planner.waterline import analyze
 
 GRAPH = convfirst(128, 64, 64, 32, 6)
+TOO_WIDE_FOR_HOPPER = convfirst(128, 32, 32, 96, 6)
 TABLE_1 = Path(__file__).parents[2] / "bench" / "paper" / "table1_convfirst.csv"
 
 
@@ -31,30 +34,97 @@ def test_no_prediction_beats_the_limit(sizes, processor):
     assert plan.local_memory_bytes <= PROCESSORS[processor].local_memory_bytes
 
 
-def test_the_best_prediction_is_chosen_and_the_runners_up_are_told():
-    plan = plan_block(GRAPH, "h200")
-    tiles = ranked_tiles(plan.shape, plan.processor)
-    assert plan.tile == tiles[0]
-    assert plan.predicted_us == pytest.approx(min(predicted_us(t, plan.shape, plan.processor) for t in tiles), abs=0.01)
-    assert plan.why == f"lowest predicted time of {len(tiles)} valid tiles"
-    assert [rejection.what for rejection in plan.rejected] == ["layerwise program", *map(repr, tiles[1:4])]
-    assert plan.rejected[0].why.startswith("3 kernels move ")
-    assert all(rejection.why.startswith("predicted ") for rejection in plan.rejected[1:])
+@pytest.mark.parametrize("processor", ["h200", "a100"])
+def test_the_best_prediction_is_chosen_and_the_runners_up_are_told(processor):
+    plan = plan_block(GRAPH, processor)
+    family, tiles = next(iter(ranked_tiles(plan.shape, plan.processor).items()))
+    predictions = {tile: family.predicted_us(tile, plan.shape, plan.processor) for tile in tiles}
+    assert (plan.family, plan.tile) == (family, tiles[0])
+    assert plan.predicted_us == pytest.approx(min(predictions.values()), abs=0.01)
+    assert plan.why == f"lowest predicted time of {len(tiles)} valid tiles of the {family.title}"
+    rejected = {rejection.what: rejection.why for rejection in plan.rejected}
+    assert rejected["layerwise program"].startswith("3 kernels move ")
+    assert [rejected[repr(tile)] for tile in tiles[1:4]] == [
+        f"predicted {predictions[tile]:.1f} us" for tile in tiles[1:4]
+    ]
+    assert len(rejected) == 1 + 3 + 1, "the program, the tiles and the other kernel"
 
 
-def test_the_program_has_the_tile_and_the_costs_of_the_block():
-    plan = plan_block(GRAPH, "h200")
+@pytest.mark.parametrize(
+    "processor, kernel",
+    [("h100", HOPPER), ("h200", HOPPER), *((name, PORTABLE) for name in ("a5000", "a100", "b200", "rtx4090"))],
+)
+def test_the_hopper_kernel_is_preferred_where_it_runs(processor, kernel):
+    plan = plan_block(GRAPH, processor)
+    assert (plan.kernel, type(plan.tile)) == (kernel.name, kernel.tile_type)
+    rejected = {rejection.what: rejection.why for rejection in plan.rejected}
+    if kernel is HOPPER:
+        best = PORTABLE.ranked_tiles(plan.shape, plan.processor)[0]
+        us = PORTABLE.predicted_us(best, plan.shape, plan.processor)
+        assert rejected["portable kernel"] == f"predicted {us:.1f} us at best"
+    else:
+        assert rejected["Hopper kernel"].startswith(f"it is for compute capability 9.0, {processor} has ")
+
+
+@pytest.mark.parametrize(
+    "graph, reason",
+    [
+        (
+            TOO_WIDE_FOR_HOPPER,
+            "weights of 253 KB and rows of 53 KB do not fit the 227 KB of local memory that h200 has",
+        ),
+        (convfirst(1, 8, 8, 16, 2, activation="silu"), "activation silu is not supported, use relu"),
+        (convfirst(1, 8, 8, 16, 2, group_width=16), "group width 16 is not supported, use 8"),
+    ],
+    ids=["local memory", "activation", "group width"],
+)
+def test_the_portable_kernel_runs_what_the_hopper_kernel_does_not(graph, reason):
+    plan = plan_block(graph, "h200")
+    assert plan.kernel == "convfirst"
+    assert f"  rejected Hopper kernel: {reason}" in str(plan).splitlines()
+
+
+def test_a_kernel_can_be_asked_for():
+    plan = plan_block(GRAPH, "h200", kernel="convfirst")
+    assert plan.tile == PORTABLE.ranked_tiles(plan.shape, plan.processor)[0]
+    assert plan_block(GRAPH, "h200", kernel="convfirst_hopper").tile == plan_block(GRAPH, "h200").tile
+    with pytest.raises(PlanError, match=r"no tile of .* fits .*: Hopper kernel: weights of 253 KB .*layer by layer"):
+        plan_block(TOO_WIDE_FOR_HOPPER, "h200", kernel="convfirst_hopper")
+    with pytest.raises(ValueError, match="kernel 'fast' is unknown; use one of convfirst_hopper, convfirst"):
+        plan_block(GRAPH, "h200", kernel="fast")
+
+
+@pytest.mark.parametrize(
+    "tile, pixels", [(ConvFirstTile(4, 8, 16, 16, 1), (4, 8)), (HopperTile(128, 32, 3, 1, 2, 0, 1), (2, 64))]
+)
+def test_the_program_has_the_tile_and_the_costs_of_the_block(tile, pixels):
+    plan = plan_block(GRAPH, "h200", tile)
     (kernel,) = plan.program.kernels
-    assert set(kernel.partition.dims) >= {("H", plan.tile.height), ("W", plan.tile.width)}
+    assert kernel.partition.dims[1:] == (("H", pixels[0]), ("W", pixels[1]))
+    assert kernel.loops[0].dims == (("C", tile.hidden),)
     assert plan.ops_count == GRAPH.ops_count
     assert plan.bytes == 2 * sum(tensor.size for tensor in (*GRAPH.inputs, *GRAPH.weights(), *GRAPH.outputs))
 
 
-def test_a_given_tile_is_kept():
-    tile = ConvFirstTile(4, 8, 16, 16, 1)
-    plan = plan_block(GRAPH, "a5000", tile)
-    assert (plan.tile, plan.why, plan.processor.name) == (tile, "the tile was given", "a5000")
+@pytest.mark.parametrize("tile", [ConvFirstTile(4, 8, 16, 16, 1), HopperTile(64, 16, 4, 1, 1, 0, 1)])
+def test_a_given_tile_is_kept_and_says_which_kernel(tile):
+    plan = plan_block(GRAPH, "h200", tile)
+    assert (plan.tile, plan.why, plan.processor.name) == (tile, "the tile was given", "h200")
+    assert isinstance(tile, plan.family.tile_type)
     assert [rejection.what for rejection in plan.rejected] == ["layerwise program"]
+
+
+@pytest.mark.parametrize("tile", [ConvFirstTile(8, 16, 32, 32, 4), HopperTile(64, 32, 3, 2, 1, 0, 1)])
+def test_a_plan_describes_the_resources_of_its_tile(tile):
+    plan = plan_block(GRAPH, "h200", tile)
+    arguments = tile, plan.shape, plan.processor
+    assert plan.local_memory_bytes == plan.family.local_memory_bytes(*arguments)
+    assert plan.predicted_us == plan.family.predicted_us(*arguments)
+    assert (
+        f"  local memory {plan.local_memory_bytes / 1024:.0f} KB, about "
+        f"{plan.family.estimated_registers(tile, plan.shape):.0f} registers a thread, "
+        f"{plan.family.programs_per_processor(*arguments)} programs a processor"
+    ) in str(plan).splitlines()
 
 
 def test_planning_is_reproducible_and_the_plan_frozen():
@@ -64,18 +134,19 @@ def test_planning_is_reproducible_and_the_plan_frozen():
         plan.tile = None
 
 
-def test_a_plan_prints_itself_and_its_tile_can_be_pasted_back():
-    plan = plan_block(GRAPH, "h200")
+@pytest.mark.parametrize("kernel", [HOPPER, PORTABLE], ids=lambda kernel: kernel.name)
+def test_a_plan_prints_itself_and_its_tile_can_be_pasted_back(kernel):
+    plan = plan_block(GRAPH, "h200", kernel=kernel.name)
     text = str(plan)
     for fact in (
         "fused convfirst (float16), 1 kernel",
-        "kernel convfirst on NVIDIA H200",
+        f"kernel {kernel.name} on NVIDIA H200",
         f"limit {plan.limit_us:.1f} us",
         f"predicted {plan.predicted_us:.1f} us, limit",
         "rejected layerwise program: 3 kernels move",
     ):
         assert fact in text
-    (line,) = (line.strip() for line in text.splitlines() if line.startswith("  ConvFirstTile("))
+    (line,) = (line.strip() for line in text.splitlines() if line.startswith(f"  {kernel.tile_type.__name__}("))
     assert plan_block(GRAPH, "h200", eval(line)).tile == plan.tile
     assert f"predicted {plan.predicted_us:.1f} us, measured 86.6 us" in str(replace(plan, measured_us=86.6))
 
@@ -104,5 +175,11 @@ def test_errors_of_arguments():
     tile = ConvFirstTile(6, 16, 64, 64, 4)
     with pytest.raises(PlanError, match=r"ConvFirstTile\(height=6, .*height=6 is not a power of two; leave the tile"):
         plan_block(GRAPH, tile=tile)
+    with pytest.raises(
+        PlanError, match=r"HopperTile\(pixels=64, .*compute capability 9.0, a100 has 8.0; leave the tile"
+    ):
+        plan_block(GRAPH, "a100", HopperTile(64, 32, 3, 2, 1, 0, 1))
+    with pytest.raises(TypeError, match=r"\(8, 16\) is not a tile; use a HopperTile or a ConvFirstTile"):
+        plan_block(GRAPH, tile=(8, 16))
     with pytest.raises(ValueError, match="processor 'tpu' is unknown; use one of a5000, "):
         plan_block(GRAPH, "tpu")

@@ -2,11 +2,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import pytest
 
+from fusion.planner import hopper_tile
 from fusion.planner.blocks import convfirst
+from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.match import match_convfirst
 from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
@@ -18,7 +22,7 @@ from fusion.planner.tile import (
     local_memory_bytes,
     tensor_memory_columns,
 )
-from fusion.triton_kernels.ahead import PROCESSOR_OF_CAPABILITY, compile_convfirst, main
+from fusion.triton_kernels.ahead import PROCESSOR_OF_CAPABILITY, compile_convfirst, compile_convfirst_hopper, main
 
 BLOCKS = [(64, 6, 64), (48, 6, 64), (24, 3, 64), (16, 3, 128)]
 TILE = ConvFirstTile(8, 16, 32, 32, 4)
@@ -79,6 +83,58 @@ def check_memory(row, capability):
     assert (row["tensor_columns"] > 0) == (capability == (10, 0)), row
 
 
+@dataclass(frozen=True)
+class HopperCase:
+    tile: HopperTile
+    blocks: tuple[tuple[int, int, int], ...]
+    dtype: str = "float16"
+
+    def __str__(self):
+        return f"{','.join(map(str, self.tile.to_ints()))}-{self.dtype}"
+
+
+HOPPER_CASES = [
+    HopperCase(HopperTile(64, 64, 3, 2, 1, 0, 1), ((64, 6, 64), (48, 6, 32))),
+    HopperCase(HopperTile(64, 32, 3, 1, 3, 0, 1), ((32, 6, 64),), "bfloat16"),
+    HopperCase(HopperTile(128, 32, 3, 1, 3, 0, 1), ((32, 3, 128), (24, 3, 100))),
+    HopperCase(HopperTile(128, 16, 3, 1, 3, 1, 1), ((16, 3, 128),)),
+    HopperCase(HopperTile(64, 16, 2, 1, 3, 1, 0), ((24, 3, 32),), "bfloat16"),
+    HopperCase(HopperTile(64, 32, 2, 1, 2, 0, 0), ((48, 6, 64), (48, 6, 32))),
+]
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_resources_of_the_hopper_kernel(case):
+    blocks = [",".join(map(str, block)) for block in case.blocks]
+    tile = ",".join(map(str, case.tile.to_ints()))
+    rows = json.loads(run_main("--json", "--block", *blocks, "--hopper-tile", tile, "--dtype", case.dtype))
+    assert [tuple(row["block"]) for row in rows] == list(case.blocks)
+    for row in rows:
+        shape, processor = shape_of(row["block"]), PROCESSORS["h200"]
+        assert hopper_tile.why_invalid(case.tile, shape, processor) is None
+        assert (row["hgmma"], row["hmma"]) == matrix_instructions(case.tile, shape), row
+        assert row["stack_bytes"] == 0, row
+        assert row["wide_copies"] > 0, row
+        estimate = hopper_tile.local_memory_bytes(case.tile, shape, processor)
+        assert abs(row["shared_bytes"] - estimate) <= 0.1 * estimate, row
+
+
+def matrix_instructions(tile, shape):
+    """Of a warpgroup, m64 k16 and as wide as the product, and of a warp, m16 n8 k16, in the kernel's code.
+
+    The loop over jobs is there once for each partition, all within it is unrolled.
+    """
+    ins, outs = tile.in_slabs(shape.in_channels), tile.out_slabs(shape.out_channels)
+    steps = ceil(shape.hidden_channels / tile.hidden)
+    blocks = tile.partitions * tile.pixels // 64
+    conv = shape.in_channels // 8 * (96 // 16)
+    if tile.warp_products:
+        depths = sum(ins) // 16 * (tile.hidden // 8) + tile.hidden // 16 * (sum(outs) // 8)
+        return blocks * conv, blocks * 2 * steps * depths
+    ffn = sum(ins) // 16 + len(outs) * tile.hidden // 16
+    return blocks * (conv + 2 * steps * ffn), 0
+
+
 def test_the_planned_tile_is_compiled_and_printed_as_a_table():
     header, line = run_main("--block", "16,3,32").splitlines()
     row = dict(zip(header.split(), line.split(), strict=True))
@@ -89,8 +145,12 @@ def test_the_planned_tile_is_compiled_and_printed_as_a_table():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled in this process")
 def test_interpreted_kernels_cannot_be_compiled():
-    with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1.*unset it before Triton is imported"):
-        compile_convfirst(shape_of(BLOCKS[0]), TILE)
+    for compile_kernel, tile in (
+        (compile_convfirst, TILE),
+        (compile_convfirst_hopper, HopperTile(64, 64, 3, 2, 1, 0, 1)),
+    ):
+        with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1.*unset it before Triton is imported"):
+            compile_kernel(shape_of(BLOCKS[0]), tile)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
@@ -98,6 +158,9 @@ def test_unsupported_blocks_are_refused():
     shape = match_convfirst(convfirst(1, 8, 8, 16, 3, dtype="float32"))
     with pytest.raises(ValueError, match=r"does not run .*dtype float32 is not supported, use one of float16"):
         compile_convfirst(shape, TILE)
+    shape = match_convfirst(convfirst(1, 8, 8, 16, 3, activation="silu"))
+    with pytest.raises(ValueError, match=r"does not run .*activation silu is not supported, use relu"):
+        compile_convfirst_hopper(shape, HopperTile(64, 64, 3, 2, 1, 0, 1))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +169,11 @@ def test_unsupported_blocks_are_refused():
         (["--block", "64,6"], "a block is CHANNELS,EXPANSION,SIZE, got '64,6'"),
         (["--block", "64,6,64", "--capability", "7.0"], "compute capability 7.0 is not supported, use one of 8.0"),
         (["--block", "64,6,64", "--tile", "8,16"], "'8,16' does not have the fields of ConvFirstTile"),
+        (["--block", "64,6,64", "--hopper-tile", "8"], "'8' does not have the fields of HopperTile, 7"),
+        (
+            ["--block", "64,6,64", "--hopper-tile", "64,64,3,2,1,0,1", "--capability", "8.0"],
+            "--hopper-tile is for compute capability 9.0 only",
+        ),
     ],
 )
 def test_arguments_are_checked(arguments, message, capsys):

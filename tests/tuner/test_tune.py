@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fusion.planner import blocks
+from fusion.planner.families import FAMILIES, HOPPER, PORTABLE, Tile, family_of
+from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.plan import PlanError, convfirst_shape, ranked_tiles
 from fusion.planner.processor import get_processor
 from fusion.planner.tile import ConvFirstTile
@@ -18,7 +20,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 class MadeUpPool:
     """Stands for the worker pool: times are made up by `microseconds`, which returns None for a tile that crashes."""
 
-    asked: list[ConvFirstTile]
+    asked: list[Tile]
 
     def __init__(self, device):
         pass
@@ -46,7 +48,7 @@ def made_up(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "cuda_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "made-up GPU")
     MadeUpPool.asked = []
-    MadeUpPool.microseconds = staticmethod(lambda tile: 100 + tile.hidden + tile.warps + tile.conv_stages)
+    MadeUpPool.microseconds = staticmethod(lambda tile: 100 + sum(tile.to_ints()))
     return MadeUpPool
 
 
@@ -68,28 +70,57 @@ def test_no_tile_is_tried_twice(made_up):
     assert len(made_up.asked) == len(set(made_up.asked))
 
 
-def test_the_second_round_varies_aspect_and_pipelines_of_the_winners():
+@pytest.mark.parametrize(("winner", "loser"), [(HOPPER, PORTABLE), (PORTABLE, HOPPER)])
+def test_kernels_compete_and_the_loser_is_told(made_up, winner, loser):
+    made_up.microseconds = staticmethod(
+        lambda tile: (100 if family_of(tile) is winner else 200) + sum(tile.to_ints()) / 1000
+    )
+    plan = tune.tune_block(GRAPH, H200, progress=False)
+    slower = min(made_up.microseconds(tile) for tile in made_up.asked if family_of(tile) is loser)
+    assert plan.kernel == winner.name
+    assert f"  rejected {loser.title}: measured {slower:.1f} us at best" in str(plan).splitlines()
+    assert tune.tune_block(GRAPH, H200, progress=False).tile == plan.tile
+
+
+def test_only_kernels_that_the_processor_runs_are_tried(made_up):
+    plan = tune.tune_block(GRAPH, "a100", progress=False)
+    assert {type(tile) for tile in made_up.asked} == {ConvFirstTile}
+    assert "rejected Hopper kernel: it is for compute capability 9.0, a100 has 8.0" in str(plan)
+
+
+def design(tile):
+    if isinstance(tile, HopperTile):
+        return "hopper", tile.pixels, tile.hidden, tile.partitions, tile.warp_products
+    return "portable", tile.pixels, tile.hidden, tile.conv_slab, tile.warps
+
+
+def test_the_first_round_has_the_best_of_each_design_and_a_share_for_every_kernel():
     ranked = ranked_tiles(SHAPE, H200)
     first = tune.first_round(ranked)
-    assert len({(tile.pixels, tile.hidden, tile.conv_slab, tile.warps) for tile in first}) == len(first)
-    second = tune.second_round(ranked, first[:1], first)
+    assert len({design(tile) for tile in first}) == len(first) <= tune.FIRST_ROUND
+    assert [tile for tile in first if isinstance(tile, ConvFirstTile)] == first[-tune.ALTERNATIVES :]
+    assert {design(tile) for tile in first if isinstance(tile, HopperTile)} == set(map(design, ranked[HOPPER]))
+    for tiles in ranked.values():
+        assert tiles[0] in first
+    assert len(tune.first_round({PORTABLE: ranked[PORTABLE]})) == tune.FIRST_ROUND
+
+
+@pytest.mark.parametrize("index", [0, -1], ids=["Hopper", "portable"])
+def test_the_second_round_tries_the_other_tiles_of_the_winning_designs(index):
+    ranked = ranked_tiles(SHAPE, H200)
+    first = tune.first_round(ranked)
+    second = tune.second_round(ranked, [first[index]], first)
     assert second
-    for tile in second:
-        assert (tile.pixels, tile.hidden, tile.conv_slab, tile.warps) == (
-            first[0].pixels,
-            first[0].hidden,
-            first[0].conv_slab,
-            first[0].warps,
-        )
-        assert tile not in first
+    assert {design(tile) for tile in second} == {design(first[index])}
+    assert not set(second) & set(first)
 
 
 def test_tiles_that_crash_are_counted_and_never_chosen(made_up):
-    made_up.microseconds = staticmethod(lambda tile: None if tile.warps == 4 else 100 + tile.hidden)
+    made_up.microseconds = staticmethod(lambda tile: None if tile.hidden == 64 else 100 + tile.hidden)
     plan = tune.tune_block(GRAPH, H200, progress=False)
-    crashed = sum(tile.warps == 4 for tile in made_up.asked)
+    crashed = sum(tile.hidden == 64 for tile in made_up.asked)
     assert crashed
-    assert plan.tile.warps != 4
+    assert plan.tile.hidden != 64
     assert f"rejected {crashed} tiles: worker died" in str(plan)
 
 
@@ -99,10 +130,23 @@ def test_without_a_tile_that_works_the_error_says_why(made_up):
         tune.tune_block(GRAPH, H200, progress=False)
 
 
-def test_a_cached_tile_that_is_not_valid_is_tuned_again(made_up):
-    cache.store(tune.cache_key(SHAPE, torch.device("cuda", 0)), ConvFirstTile(7, 9, 16, 16, 4), 0.1)
+@pytest.mark.parametrize("tile", [ConvFirstTile(7, 9, 16, 16, 4), HopperTile(64, 64, 2, 1, 1, 0, 1)])
+def test_a_cached_tile_that_is_not_valid_is_tuned_again(made_up, tile):
+    cache.store(tune.cache_key(SHAPE, torch.device("cuda", 0)), tile, 0.1)
     plan = tune.tune_block(GRAPH, H200, progress=False)
     assert plan.measured_us > 1
+
+
+def test_a_measurement_depends_on_the_sources_of_all_kernels(made_up, tmp_path, monkeypatch):
+    assert {f"{family.name}.py" for family in FAMILIES} <= {path.name for path in tune.kernel_sources()}
+    copies = [tmp_path / path.name for path in tune.kernel_sources()]
+    monkeypatch.setattr(tune, "kernel_sources", lambda: copies)
+    keys = set()
+    for changed in (None, *copies):
+        for path in copies:
+            path.write_text("changed" if path == changed else "as it was")
+        keys.add(tune.cache_key(SHAPE, torch.device("cuda", 0)))
+    assert len(keys) == 1 + len(copies)
 
 
 def test_blocks_are_tuned_together_and_equal_ones_once(made_up):
@@ -135,6 +179,7 @@ def test_without_a_gpu_the_error_says_what_to_do():
 def test_a_real_search_finds_a_tile_that_works(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSION_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tune, "FIRST_ROUND", 3)
+    monkeypatch.setattr(tune, "ALTERNATIVES", 1)
     monkeypatch.setattr(tune, "SECOND_ROUND_SEEDS", 0)
     plan = tune.tune_block(GRAPH, progress=False)
     assert 0 < plan.measured_us < 1e4

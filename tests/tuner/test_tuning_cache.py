@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.tile import ConvFirstTile
 from fusion.tuner import cache
@@ -27,9 +28,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_what_is_stored_is_loaded():
-    cache.store(KEY, TILE, 123.5)
-    assert cache.load(KEY) == (TILE, 123.5)
+@pytest.mark.parametrize(
+    ("tile", "kernel"), [(TILE, "convfirst"), (HopperTile(128, 16, 3, 1, 4, 1, 1), "convfirst_hopper")]
+)
+def test_what_is_stored_is_loaded(tile, kernel):
+    cache.store(KEY, tile, 123.5)
+    assert cache.load(KEY) == (tile, 123.5)
+    assert json.loads(KEY.path().read_text())["kernel"] == kernel
 
 
 def test_a_missing_entry_is_no_reason_to_warn():
@@ -67,6 +72,8 @@ def _entry(**changes) -> str:
         (lambda: "[]", "TypeError"),
         (lambda: _entry(format=cache.FORMAT + 1), f"format {cache.FORMAT + 1}"),
         (lambda: _entry(key={}), "belongs to another block"),
+        (lambda: _entry(kernel="__import__('os')"), "ValueError: kernel .* is unknown"),
+        (lambda: _entry(kernel="convfirst_hopper"), "TypeError"),
         (lambda: _entry(tile={"height": 8}), "TypeError"),
         (lambda: _entry(tile={**_TILE_FIELDS, "height": "__import__('os')"}), "ValueError"),
         (lambda: _entry(us="fast"), "ValueError"),

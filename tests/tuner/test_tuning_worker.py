@@ -5,12 +5,17 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from fusion import reference
+from fusion.planner.hopper_tile import COMPUTE_CAPABILITY, HopperTile
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.tile import ConvFirstTile
+from fusion.triton_kernels import convfirst, convfirst_hopper
 from fusion.tuner import worker
+from fusion.weights import unpack_hopper
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 TILE = ConvFirstTile(4, 8, 32, 16, 4)
+HOPPER_TILE = HopperTile(64, 32, 3, 1, 1, 0, 1)
 
 
 def shape(**changes) -> ConvFirstShape:
@@ -31,16 +36,36 @@ def no_timing(monkeypatch):
     "changes", [{}, {"activation": "silu"}, {"out_channels": 40, "residual": False}, {"batch": 1, "height": 1}]
 )
 def test_a_right_tile_is_timed(changes):
-    assert worker.answer(asdict(shape(**changes)), TILE.to_ints(), compile_only=False, device=DEVICE)["us"] > 0
+    assert (
+        worker.answer(asdict(shape(**changes)), "convfirst", TILE.to_ints(), compile_only=False, device=DEVICE)["us"]
+        > 0
+    )
+
+
+def reference_launch(x, weights, project_bias, out, *, hidden_channels, residual, tile):
+    """What the Hopper kernel computes, where there is no Hopper GPU."""
+    conv, expand, expand_bias, project = unpack_hopper(weights, tile, x.shape[1], hidden_channels, out.shape[1])
+    project_bias = project_bias[: out.shape[1]].to(x.dtype)
+    out.copy_(reference.convfirst(x, conv, expand, expand_bias, project, project_bias, "relu", residual))
+
+
+@pytest.mark.parametrize("changes", [{}, {"out_channels": 40, "residual": False}])
+def test_a_tile_of_the_hopper_kernel_is_packed_checked_and_timed(changes, monkeypatch):
+    if DEVICE == "cpu" or torch.cuda.get_device_capability() != COMPUTE_CAPABILITY:
+        monkeypatch.setattr(convfirst_hopper, "launch", reference_launch)
+    arguments = asdict(shape(**changes)), "convfirst_hopper", HOPPER_TILE.to_ints()
+    assert worker.answer(*arguments, compile_only=False, device=DEVICE)["us"] > 0
+    monkeypatch.setattr(convfirst_hopper, "launch", lambda x, weights, project_bias, out, **_: out.zero_())
+    assert worker.answer(*arguments, compile_only=False, device=DEVICE)["failed"].startswith("wrong result: error")
 
 
 def test_a_compilation_times_nothing():
-    assert worker.answer(asdict(shape()), TILE.to_ints(), compile_only=True, device=DEVICE) == {}
+    assert worker.answer(asdict(shape()), "convfirst", TILE.to_ints(), compile_only=True, device=DEVICE) == {}
 
 
 @pytest.mark.parametrize("damage", ["wrong image", "missing pixel", "race"])
 def test_a_wrong_result_is_refused(monkeypatch, damage):
-    launch = worker.launch
+    launch = convfirst.launch
     runs = []
 
     def damaged(x, *args, **kwargs):
@@ -54,6 +79,6 @@ def test_a_wrong_result_is_refused(monkeypatch, damage):
         elif len(runs) == 2:
             out[0, 0, 0, 0] += 0.01
 
-    monkeypatch.setattr(worker, "launch", damaged)
-    reply = worker.answer(asdict(shape()), TILE.to_ints(), compile_only=False, device=DEVICE)
+    monkeypatch.setattr(convfirst, "launch", damaged)
+    reply = worker.answer(asdict(shape()), "convfirst", TILE.to_ints(), compile_only=False, device=DEVICE)
     assert reply["failed"].startswith("wrong result: error")

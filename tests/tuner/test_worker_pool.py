@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.tile import ConvFirstTile
 from fusion.tuner import pool
@@ -31,7 +32,7 @@ for line in sys.stdin:
     if width == 16:
         print(json.dumps({"failed": "CUDA error", "exiting": True}), flush=True)
         sys.exit(1)
-    print(json.dumps({"us": height, "pid": os.getpid()}), flush=True)
+    print(json.dumps({"us": height, "pid": os.getpid(), "kernel": request["kernel"]}), flush=True)
 """
 DIES, HANGS, IS_WRONG, EXITS = 2, 4, 8, 16
 
@@ -52,6 +53,11 @@ def test_a_worker_answers_again_and_again(worker):
     first, second = (worker.ask(SHAPE, tile(height), False) for height in (3, 5))
     assert (first["us"], second["us"]) == (3, 5)
     assert first["pid"] == second["pid"]
+
+
+def test_a_worker_is_told_which_kernel_the_tile_is_of(worker):
+    tiles = tile(3), HopperTile(64, 64, 3, 2, 1, 0, 1)
+    assert [worker.ask(SHAPE, asked, False)["kernel"] for asked in tiles] == ["convfirst", "convfirst_hopper"]
 
 
 def test_a_dead_worker_is_named_with_its_last_words_and_replaced(worker):

@@ -1,0 +1,85 @@
+"""Which kernel a tile runs: how its weights are packed, its operator, and its bare launch."""
+
+import torch
+from torch import Tensor
+
+from fusion import ops
+from fusion.planner.families import HOPPER, Tile, family_of
+from fusion.planner.hopper_tile import HopperTile
+from fusion.weights import ConvFirstWeights, PackedConvFirst, PackedHopper
+
+Packed = PackedConvFirst | PackedHopper
+
+
+def pack(weights: ConvFirstWeights, tile: Tile, dtype: torch.dtype, device: torch.device | str) -> Packed:
+    """Round weights once and lay them out for the kernel that `tile` belongs to.
+
+    Raises ValueError if that kernel cannot run groups of this width with this tile.
+    """
+    if isinstance(tile, HopperTile):
+        return weights.pack_hopper(tile, dtype, device)
+    return weights.pack(tile, dtype, device)
+
+
+def packing(tile: Tile) -> tuple[str | int, ...]:
+    """What the layout of packed weights depends on: tiles for which it is equal share them."""
+    if isinstance(tile, HopperTile):
+        return family_of(tile).name, tile.hidden
+    return family_of(tile).name, tile.hidden, tile.conv_slab
+
+
+def run(
+    kernel: str,
+    x: Tensor,
+    packed: tuple[Tensor, ...],
+    tile: list[int],
+    *,
+    hidden_channels: int,
+    out_channels: int,
+    group_width: int,
+    activation: str,
+    residual: bool,
+) -> Tensor:
+    """Call the operator of a kernel on `x` `[N, C, H, W]`: `[N, K, H, W]`, channels_last.
+
+    `kernel` is the name of the tile's family, `packed` are `pack(...).tensors()`, and `tile` is `Tile.to_ints()`: what
+    torch.compile takes as constants. Raises what the operator raises, and ValueError for an activation that the kernel
+    does not have.
+    """
+    if kernel != HOPPER.name:
+        return ops.convfirst(x, *packed, hidden_channels, out_channels, group_width, activation, residual, tile)
+    _check_hopper_activation(activation)
+    return ops.convfirst_hopper(x, *packed, hidden_channels, out_channels, residual, tile)
+
+
+def launch(
+    x: Tensor,
+    packed: Packed,
+    out: Tensor,
+    tile: Tile,
+    *,
+    hidden_channels: int,
+    activation: str,
+    residual: bool,
+) -> None:
+    """Launch the kernel that `tile` belongs to on `x` `[N, C, H, W]` into `out` `[N, K, H, W]`, both channels_last.
+
+    Runs on the current device and checks no shapes: for measurements, where `run` would cost time and hide what a
+    kernel leaves unwritten. Raises ValueError for an activation that the kernel does not have.
+    """
+    if isinstance(tile, HopperTile):
+        from fusion.triton_kernels import convfirst_hopper
+
+        _check_hopper_activation(activation)
+        convfirst_hopper.launch(
+            x, *packed.tensors(), out, hidden_channels=hidden_channels, residual=residual, tile=tile
+        )
+    else:
+        from fusion.triton_kernels import convfirst
+
+        convfirst.launch(x, *packed.tensors(), out, activation=activation, residual=residual, tile=tile)
+
+
+def _check_hopper_activation(activation: str) -> None:
+    if activation != "relu":
+        raise ValueError(f"the Hopper kernel has no activation {activation!r}, only 'relu'; use a ConvFirstTile")

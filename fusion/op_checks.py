@@ -1,0 +1,121 @@
+"""What the operators of ConvFirst check alike; errors name the operator, what was asked, and what to do."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fusion.planner.families import Tile
+from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_IMAGE_ELEMENTS
+
+GPU_DTYPES = tuple(getattr(torch, name) for name in KERNEL_DTYPES)
+
+AnyTile = TypeVar("AnyTile", bound=Tile)
+
+
+def tile_from_ints(op: str, tile_type: type[AnyTile], ints: list[int]) -> AnyTile:
+    """Undo `to_ints()`. Raises ValueError for another number of integers."""
+    if len(ints) != len(fields(tile_type)):
+        raise ValueError(
+            f"{op}: tile must be the {len(fields(tile_type))} integers of {tile_type.__name__}.to_ints(), got {ints}"
+        )
+    return tile_type(*ints)
+
+
+def refuse_malformed(op: str, tile: Tile, reason: str | None) -> None:
+    """Raises ValueError if there is a reason why no block runs with this tile."""
+    if reason:
+        raise ValueError(f"{op}: {tile!r} cannot run: {reason}; take the tile of a plan")
+
+
+def check_input(op: str, x: Tensor, out_channels: int) -> None:
+    """Whether `x` can be the input, `[N, C, H, W]`, of a block with this many output channels.
+
+    Raises ValueError for shapes, RuntimeError for devices, and TypeError for dtypes that are not supported.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must be [N, C, H, W], got shape {list(x.shape)}")
+    if x.device.type not in ("cuda", "cpu"):
+        raise RuntimeError(f"{op}: x is on {x.device}; supported are CUDA GPUs, and CPUs for reference: move it there")
+    if x.device.type == "cuda" and x.dtype not in GPU_DTYPES:
+        raise TypeError(
+            f"{op}: x has dtype {x.dtype}; supported are {any_of(GPU_DTYPES)}: convert the model and its input, for "
+            "example with .half()"
+        )
+    _, in_channels, height, width = x.shape
+    for name, channels in (("input", in_channels), ("output", out_channels)):
+        if channels % CHANNEL_MULTIPLE:
+            raise ValueError(
+                f"{op}: {channels} {name} channels are not supported, use a multiple of {CHANNEL_MULTIPLE}"
+            )
+    if height * width * max(in_channels, out_channels) > MAX_IMAGE_ELEMENTS:
+        raise ValueError(
+            f"{op}: images of {height}x{width} pixels are too large, split them: 2**31 elements are the limit"
+        )
+
+
+def check_residual(op: str, residual: bool, in_channels: int, out_channels: int) -> None:
+    """Raises ValueError if a residual is asked for that cannot be added."""
+    if residual and out_channels != in_channels:
+        raise ValueError(
+            f"{op}: a residual of {in_channels} input channels cannot be added to {out_channels} output channels; they "
+            "must be equal, or pass residual=False"
+        )
+
+
+def check_weights(
+    op: str,
+    x: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    tile: Tile,
+    pack: str,
+    tensors: Iterable[tuple[str, Tensor, list[int], torch.dtype | None]],
+) -> None:
+    """Whether packed weights fit the block, the tile and `x`.
+
+    `tensors` are names, tensors, the shapes that they must have, and their dtypes, None for any; `pack` names the
+    method that makes them. Raises ValueError, TypeError and RuntimeError for another shape, dtype or device.
+    """
+    for name, tensor, shape, dtype in tensors:
+        if list(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} must be a contiguous {shape} for {x.shape[1]} input, {hidden_channels} hidden and "
+                f"{out_channels} output channels with {tile!r}, got shape {list(tensor.shape)} with strides "
+                f"{list(tensor.stride())}; pack the weights for this tile with fusion.weights.ConvFirstWeights.{pack}"
+            )
+        if dtype is not None and tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, it must be {dtype} for {x.dtype} x")
+        if tensor.device != x.device:
+            raise RuntimeError(f"{op}: {name} is on {tensor.device}, x on {x.device}; move one of them")
+
+
+def weight_dtype(x: Tensor) -> torch.dtype | None:
+    """Of weights that go with `x`; None, any, on CPUs."""
+    return x.dtype if x.device.type == "cuda" else None
+
+
+def empty_output(x: Tensor, out_channels: int) -> Tensor:
+    """`[N, K, H, W]` like `x` `[N, C, H, W]`, channels_last."""
+    batch, _, height, width = x.shape
+    return torch.empty(
+        (batch, out_channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+def gradient_refusal(op: str) -> Callable[..., None]:
+    """A `setup_context` that raises RuntimeError: PyTorch calls it when an input requires a gradient."""
+
+    def refuse(ctx, inputs, output) -> None:
+        raise RuntimeError(
+            f"{op} is an inference operator and has no gradient, but one of its inputs requires a gradient; call it "
+            "under torch.no_grad() or torch.inference_mode(), and train the unfused module"
+        )
+
+    return refuse
+
+
+def any_of(names: Iterable[object]) -> str:
+    return " or ".join(map(str, names))

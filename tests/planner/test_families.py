@@ -1,0 +1,53 @@
+from itertools import islice, pairwise
+
+import pytest
+
+from fusion.planner.blocks import convfirst
+from fusion.planner.families import FAMILIES, HOPPER, PORTABLE, family_named, family_of
+from fusion.planner.hopper_tile import HopperTile
+from fusion.planner.match import match_convfirst
+from fusion.planner.processor import PROCESSORS
+from fusion.planner.tile import ConvFirstTile
+
+SHAPES = [
+    match_convfirst(convfirst(*sizes, **options))
+    for sizes, options in (
+        ((128, 64, 64, 64, 6), {}),
+        ((128, 32, 32, 96, 6), {}),
+        ((4, 19, 23, 32, 3), {"group_width": 32}),
+        ((4, 19, 23, 16, 3), {"activation": "silu"}),
+        ((1, 8, 8, 4096, 1), {}),
+    )
+]
+
+
+def test_a_tile_knows_its_family_and_a_name_finds_it():
+    assert family_of(HopperTile(64, 64, 3, 2, 1, 0, 1)) is HOPPER is family_named("convfirst_hopper")
+    assert family_of(ConvFirstTile(8, 16, 32, 32, 4)) is PORTABLE is family_named("convfirst")
+    with pytest.raises(ValueError, match="kernel 'fast' is unknown; use one of convfirst_hopper, convfirst"):
+        family_named("fast")
+    with pytest.raises(TypeError, match="None is not a tile; use a HopperTile or a ConvFirstTile"):
+        family_of(None)
+
+
+@pytest.mark.parametrize("processor", ["h200", "a5000", "b200"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_family_has_candidates_or_a_reason(family, shape, processor):
+    processor = PROCESSORS[processor]
+    tiles = list(islice(family.candidate_tiles(shape, processor), 20))
+    assert bool(tiles) != bool(family.why_none(shape, processor))
+    for tile in tiles:
+        assert family_of(tile) is family
+        assert family.why_invalid(tile, shape, processor) is None
+        assert family.tile_type(*tile.to_ints()) == tile
+        assert 0 < family.local_memory_bytes(tile, shape, processor) <= processor.local_memory_bytes
+        assert family.programs_per_processor(tile, shape, processor) >= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_tiles_are_ranked_by_prediction(family):
+    tiles = family.ranked_tiles(SHAPES[0], PROCESSORS["h200"])
+    assert set(tiles) == set(family.candidate_tiles(SHAPES[0], PROCESSORS["h200"]))
+    predictions = [family.predicted_us(tile, SHAPES[0], PROCESSORS["h200"]) for tile in tiles]
+    assert all(slower > faster - 0.011 for faster, slower in pairwise(predictions))

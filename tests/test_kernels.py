@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from fusion import kernels
+from fusion.planner.families import family_of
+from fusion.planner.hopper_tile import HopperTile
+from fusion.planner.tile import ConvFirstTile
+from fusion.reference import convfirst as reference
+from fusion.weights import PackedConvFirst, PackedHopper
+
+PORTABLE, HOPPER = ConvFirstTile(4, 8, 32, 32, 2), HopperTile(64, 32, 3, 1, 1, 0, 1)
+SIZES = {"hidden_channels": 40, "out_channels": 24, "group_width": 8, "residual": True}
+
+
+def run(tile, x, weights, activation="relu"):
+    packed = kernels.pack(weights, tile, x.dtype, x.device).tensors()
+    return kernels.run(family_of(tile).name, x, packed, tile.to_ints(), activation=activation, **SIZES)
+
+
+@pytest.mark.parametrize("tile, packed_type", [(PORTABLE, PackedConvFirst), (HOPPER, PackedHopper)], ids=str)
+def test_every_tile_runs_its_kernel(tile, packed_type, random_weights):
+    weights = random_weights(24, 40)
+    assert isinstance(kernels.pack(weights, tile, torch.float32, "cpu"), packed_type)
+    x = torch.randn(2, 24, 5, 7)
+    exact = (weights.conv, weights.expand, weights.expand_bias, weights.project, weights.project_bias)
+    torch.testing.assert_close(run(tile, x, weights), reference(x, *exact, "relu", True), rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_of_equal_packing_share_weights(random_weights):
+    tiles = [
+        *(ConvFirstTile(4, 8, hidden, slab, warps) for hidden in (16, 32) for slab in (16, 32) for warps in (1, 2)),
+        *(HopperTile(pixels, hidden, 3, 1, 1, 0, 1) for pixels in (64, 128) for hidden in (16, 32, 64)),
+    ]
+    weights = random_weights(24, 40)
+    packed = [kernels.pack(weights, tile, torch.float32, "cpu").tensors() for tile in tiles]
+    for tile, tensors in zip(tiles, packed, strict=True):
+        for other, others in zip(tiles, packed, strict=True):
+            if kernels.packing(tile) == kernels.packing(other):
+                assert all(map(torch.equal, tensors, others))
+    assert len({kernels.packing(tile) for tile in tiles}) == 4 + 3
+
+
+def test_the_portable_kernel_is_launched(device, random_weights):
+    weights, x = random_weights(24, 40), torch.randn(2, 24, 5, 7).to(device, torch.float16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.full_like(x, float("nan"))
+    packed = kernels.pack(weights, PORTABLE, x.dtype, x.device)
+    kernels.launch(x, packed, out, PORTABLE, hidden_channels=40, activation="silu", residual=True)
+    torch.testing.assert_close(out, run(PORTABLE, x, weights, "silu"), rtol=1e-2, atol=1e-2)
+
+
+def test_activations_that_a_kernel_lacks_are_refused(random_weights):
+    weights, x = random_weights(24, 40), torch.randn(2, 24, 5, 7)
+    message = "the Hopper kernel has no activation 'silu', only 'relu'; use a ConvFirstTile"
+    with pytest.raises(ValueError, match=message):
+        run(HOPPER, x, weights, "silu")
+    packed = kernels.pack(weights, HOPPER, x.dtype, x.device)
+    with pytest.raises(ValueError, match=message):
+        kernels.launch(x, packed, x.clone(), HOPPER, hidden_channels=40, activation="silu", residual=True)

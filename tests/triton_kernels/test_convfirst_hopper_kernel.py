@@ -1,0 +1,283 @@
+"""The Hopper kernel on a GPU of compute capability 9.0: Triton's interpreter does not know Gluon."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from fusion import kernels, ops
+from fusion.planner.hopper_tile import HopperTile, why_invalid
+from fusion.planner.hopper_time import candidate_tiles
+from fusion.planner.match import ConvFirstShape
+from fusion.planner.processor import PROCESSORS
+from fusion.reference import convfirst
+from fusion.triton_kernels import convfirst_hopper
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
+
+SMALL = HopperTile(pixels=64, hidden=16, stages=3, partitions=1, programs=1, warp_products=0, bulk_loads=1)
+FEW_PROCESSORS = 2
+"""With so few, a program has more rows than its ring holds, even of small images."""
+SAMPLED = 12
+"""How many candidates of a block run."""
+CHAIN = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    channels: int
+    hidden: int
+    out_channels: int | None = None
+    size: tuple[int, int] = (9, 13)
+    batch: int = 3
+    residual: bool = True
+    tile: HopperTile = SMALL
+    dtype: torch.dtype = torch.float16
+
+    def __str__(self):
+        channels = f"{self.channels}-{self.hidden}-{self.out_channels or self.channels}"
+        image = "x".join(map(str, (self.batch, *self.size)))
+        tile = ",".join(map(str, self.tile.to_ints()))
+        return f"{channels}-{image}{'+x' * self.residual}-{tile}-{self.dtype_name}"
+
+    @property
+    def dtype_name(self):
+        return str(self.dtype).removeprefix("torch.")
+
+    def shape(self):
+        out_channels = self.out_channels or self.channels
+        sizes = self.batch, *self.size, self.channels, self.hidden, out_channels
+        return ConvFirstShape(*sizes, 8, "relu", self.residual, self.dtype_name)
+
+    def input(self):
+        torch.manual_seed(sum(self.size))
+        x = torch.randn(self.batch, self.channels, *self.size).to("cuda", self.dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def tile(**changes):
+    return replace(SMALL, **changes)
+
+
+WIDTHS = (1, 5, 9, 17, 33, 64, 65, 100, 130)
+HEIGHTS = (1, 5, 7, 33, 100, 130)
+CASES = [
+    # Channels that fill their slabs and channels that do not.
+    *(Case(channels, 2 * channels) for channels in (8, 16, 24, 48, 64, 72)),
+    *(Case(channels, 2 * channels, tile=tile(warp_products=1)) for channels in (8, 16, 24, 48, 72)),
+    Case(144, 64),
+    # Other output than input channels, and no residual.
+    Case(16, 48, out_channels=24, residual=False),
+    Case(72, 48, out_channels=16, residual=False),
+    Case(8, 40, out_channels=136, residual=False, tile=tile(warp_products=1)),
+    Case(24, 48, residual=False),
+    # Widths: streams side by side, exactly one, strips; heights: programs begin and end anywhere in an image.
+    *(Case(16, 32, size=(5, width), tile=tile(warp_products=1)) for width in WIDTHS),
+    *(Case(16, 32, size=(5, width), tile=tile(pixels=128, warp_products=1)) for width in WIDTHS),
+    *(Case(24, 32, size=(7, width), tile=tile(pixels=128, partitions=2)) for width in (5, 17, 33, 100)),
+    *(Case(72, 32, size=(7, width), tile=tile(pixels=128)) for width in (7, 33)),
+    *(Case(16, 32, size=(height, 13), batch=1) for height in HEIGHTS),
+    *(Case(16, 32, size=(height, 9), tile=tile(partitions=2)) for height in HEIGHTS),
+    Case(16, 32, size=(1, 1), batch=1),
+    # Hidden channels that do not fill the last step, or the only one.
+    Case(24, 40, tile=tile(hidden=32)),
+    Case(24, 40, tile=tile(hidden=64)),
+    Case(24, 100, tile=tile(hidden=64, warp_products=1)),
+    # Stages, partitions, programs.
+    *(Case(32, 64, size=(17, 33), tile=tile(hidden=32, stages=stages)) for stages in (3, 4, 5)),
+    *(Case(48, 96, size=(17, 100), tile=tile(partitions=2, programs=programs)) for programs in (1, 2, 3)),
+    *(Case(24, 48, size=(17, 33), tile=tile(programs=programs, warp_products=1)) for programs in (2, 3)),
+    Case(64, 384, size=(17, 33), tile=HopperTile(64, 64, 3, 2, 1, 0, 1)),
+    # Loads through registers.
+    *(Case(channels, 2 * channels, tile=tile(bulk_loads=0)) for channels in (8, 16, 24, 48, 64, 72)),
+    *(Case(16, 32, size=(5, width), tile=tile(bulk_loads=0)) for width in WIDTHS),
+    *(Case(24, 32, size=(7, width), tile=tile(pixels=128, partitions=2, bulk_loads=0)) for width in WIDTHS),
+    *(Case(16, 32, size=(height, 13), batch=1, tile=tile(stages=2, bulk_loads=0)) for height in HEIGHTS),
+    *(Case(48, 96, size=(17, 33), tile=tile(stages=stages, warp_products=1, bulk_loads=0)) for stages in (2, 3, 4)),
+    Case(64, 384, size=(17, 33), tile=HopperTile(64, 64, 3, 2, 1, 0, 0)),
+    Case(72, 432, size=(32, 32), tile=HopperTile(64, 32, 2, 1, 1, 0, 0)),
+    # The other dtype.
+    *(
+        replace(case, dtype=torch.bfloat16)
+        for case in (
+            Case(24, 40, tile=tile(warp_products=1)),
+            Case(72, 144),
+            Case(64, 128, size=(17, 33), tile=tile(hidden=64, partitions=2)),
+            Case(16, 48, size=(5, 130), tile=tile(pixels=128)),
+            Case(48, 100, size=(17, 33), tile=tile(hidden=32, stages=2, programs=2, bulk_loads=0)),
+        )
+    ),
+]
+
+
+@pytest.fixture
+def few_processors(monkeypatch):
+    """`() -> None` leaves the kernel `FEW_PROCESSORS` of the GPU's processors."""
+    return lambda: monkeypatch.setattr(convfirst_hopper, "processor_count", lambda device: FEW_PROCESSORS)
+
+
+def empty_output(x, channels):
+    """Full of NaN."""
+    out = torch.full((x.shape[0], channels, *x.shape[2:]), float("nan"), dtype=x.dtype, device=x.device)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def run_kernel(x, weights, case, packed=None, out=None):
+    packed = packed or weights.pack_hopper(case.tile, x.dtype, x.device)
+    out = empty_output(x, weights.out_channels) if out is None else out
+    sizes = {"hidden_channels": case.hidden, "activation": "relu", "residual": case.residual}
+    kernels.launch(x, packed, out, case.tile, **sizes)
+    return out
+
+
+def apply_reference(x, weights, case):
+    """The block in the dtype of `x`."""
+    tensors = (weights.conv, weights.expand, weights.expand_bias, weights.project, weights.project_bias)
+    return convfirst(x, *(w.to(x.device) for w in tensors), "relu", case.residual)
+
+
+def check(case, random_weights, assert_within_rule):
+    weights, x = random_weights(case.channels, case.hidden, case.out_channels), case.input()
+    out, again = run_kernel(x, weights, case), run_kernel(x, weights, case)
+    assert_within_rule(out, apply_reference(x, weights, case), apply_reference(x.double(), weights, case))
+    assert torch.equal(out, again)
+    return x, weights, out
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_reference(case, random_weights, assert_within_rule, few_processors):
+    """Neither who computes a row nor how often changes a bit; the operator launches the same."""
+    assert why_invalid(case.tile, case.shape(), PROCESSORS["h200"]) is None
+    x, weights, out = check(case, random_weights, assert_within_rule)
+    packed = weights.pack_hopper(case.tile, x.dtype, x.device).tensors()
+    sizes = weights.hidden_channels, weights.out_channels
+    assert torch.equal(ops.convfirst_hopper(x, *packed, *sizes, case.residual, case.tile.to_ints()), out)
+    few_processors()
+    assert torch.equal(run_kernel(x, weights, case), out)
+
+
+GPU_CASES = [
+    Case(64, 384, size=(64, 64), batch=16),
+    Case(48, 288, size=(33, 47), batch=16),
+    Case(32, 96, size=(56, 56), batch=16),
+    Case(24, 72, size=(33, 128), batch=16),
+    Case(16, 48, size=(100, 130), batch=16),
+    Case(64, 256, size=(7, 7), batch=100),
+]
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_candidate_tiles(case, random_weights, assert_within_rule):
+    """A compiler may break one tile and spare all others, so candidates are sampled over their whole range."""
+    from fusion.probe import processor_of
+
+    tiles = list(candidate_tiles(case.shape(), processor_of()))
+    wrong = []
+    for candidate in tiles[:: max(1, len(tiles) // SAMPLED)]:
+        try:
+            check(replace(case, tile=candidate), random_weights, assert_within_rule)
+        except AssertionError as error:
+            wrong.append(f"{candidate!r}: {error}")
+    assert tiles and not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("warp_products", [0, 1])
+def test_sums_are_fp32(warp_products, random_weights):
+    """In all three products the first steps of a sum leave the range of fp16 and later ones come back into it."""
+    size = 4096.0
+    weights = random_weights(32, 64)
+    weights.conv.fill_(0.52)
+    weights.conv[:, :, 1, 1] *= -5.5
+    assert 4 * 8 * 0.52 * size > torch.finfo(torch.float16).max, "four taps of eight channels"
+    weights.expand[:, :16] = 0.125
+    weights.expand[:, 16:] = -0.125
+    weights.expand[:, 0] += 0.125
+    weights.project[:, :32] = 1
+    weights.project[:, 32:] = -1
+    weights.project[:, 0] += 1
+    case = Case(32, 64, size=(5, 7), batch=1, tile=tile(warp_products=warp_products))
+    x = torch.full_like(case.input(), size)
+    exact = apply_reference(x.double(), weights, case)
+    out = run_kernel(x, weights, case)
+    assert ((out.double() - exact).norm() / exact.norm()).item() < 2e-3
+
+
+@pytest.mark.parametrize("bulk_loads", [0, 1])
+def test_reads_and_writes_its_own_images_only(bulk_loads, random_weights):
+    """What lies before and after the images in memory is neither read nor written."""
+    case = Case(24, 48, size=(5, 7), batch=4, tile=tile(bulk_loads=bulk_loads))
+    weights, x = random_weights(24, 48), case.input()
+    x[[0, 3]] = float("nan")
+    out = empty_output(x, 24)
+    run_kernel(x[1:3], weights, case, out=out[1:3])
+    assert out[1:3].isfinite().all()
+    assert out[[0, 3]].isnan().all()
+
+
+@pytest.mark.parametrize("row", [0, 4, 8])
+@pytest.mark.parametrize("width", [13, 100])
+@pytest.mark.parametrize("bulk_loads", [0, 1])
+def test_what_is_not_finite_stays_in_its_neighbourhood(bulk_loads, width, row, random_weights):
+    """Pixels that share a product, a ring or a row with it must not see it.
+
+    Zero weights let it get a row further than a convolution would, over the row of zeros between images too.
+    """
+    case = Case(24, 48, size=(9, width), tile=tile(bulk_loads=bulk_loads))
+    weights, x = random_weights(24, 48), case.input()
+    expected = run_kernel(x, weights, case)
+    x[1, :, row, 6] = float("nan")
+    out = run_kernel(x, weights, case)
+    touched = torch.zeros_like(x, dtype=torch.bool)
+    for virtual_row in range(10 + row - 2, 10 + row + 3):
+        image, y = divmod(virtual_row, 10)
+        touched[image, :, y : min(y + 1, 9), 5:8] = True
+    assert torch.equal(out[~touched], expected[~touched])
+
+
+CHAIN_CASES = [
+    Case(64, 384, size=(32, 32), batch=32, tile=HopperTile(64, 64, 3, 2, 1, 0, 1)),
+    Case(16, 48, size=(100, 130), batch=8, tile=HopperTile(128, 16, 3, 1, 3, 1, 1)),
+    Case(48, 288, size=(32, 32), batch=32, tile=HopperTile(64, 32, 2, 1, 2, 0, 0)),
+    Case(24, 72, size=(7, 7), batch=3, tile=tile(stages=4)),
+]
+
+
+@pytest.mark.parametrize("case", CHAIN_CASES, ids=str)
+@pytest.mark.parametrize("between", ["nothing", "another kernel"])
+def test_kernels_overlap_without_races(between, case, random_weights):
+    """A kernel may start before the one ahead has finished: blocks back to back are as right as one at a time."""
+    weights, x = random_weights(case.channels, case.hidden), case.input()
+    packed = weights.pack_hopper(case.tile, x.dtype, x.device)
+    buffers = [empty_output(x, case.channels) for _ in range(2)]
+
+    def chain(synchronize):
+        out = x
+        for index in range(CHAIN):
+            out = run_kernel(out, weights, case, packed, buffers[index % 2])
+            if between == "another kernel":
+                out.mul_(0.25)  # reads what was just written, and writes what is read next
+            if synchronize:
+                torch.cuda.synchronize()
+        return out.clone()
+
+    expected = chain(synchronize=True)
+    assert expected.isfinite().all()
+    for _ in range(3):
+        for buffer in buffers:
+            buffer.fill_(float("nan"))
+        assert torch.equal(chain(synchronize=False), expected)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(synchronize=False)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
+def test_too_many_rows_are_refused(monkeypatch, random_weights):
+    monkeypatch.setattr(convfirst_hopper, "MAX_ROWS", 40)
+    case = Case(24, 48, size=(9, 13), batch=4)
+    with pytest.raises(ValueError, match=r"4 images of 9x13 pixels are too many rows for one launch, split the batch"):
+        run_kernel(case.input(), random_weights(24, 48), case)

@@ -35,7 +35,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusion.planner.hopper_tile import BLOCK_PIXELS, MAX_JOBS, MAX_ROWS, WARPS, HopperTile
 from fusion.planner.slabs import NARROWEST
-from fusion.triton_kernels.hopper_layouts import (
+from fusion.triton_kernels.convfirst_hopper_layouts import (
     along,
     copy_layout,
     descriptor_layout,
@@ -929,7 +929,8 @@ def launch(x, weights, project_bias, out, *, hidden_channels: int, residual: boo
     """Run the kernel on `x` `[N, C, H, W]` into `out` `[N, K, H, W]`, both channels_last, on the current device.
 
     Weights are packed for `tile` (`fusion.weights.PackedHopper`). All addresses are multiples of 16 bytes. The kernel
-    reads `weights` before the kernel ahead of it in the stream has finished: that one must not be what writes them.
+    reads `weights` and `project_bias` before the kernel ahead of it in the stream has finished: that one must not be
+    what writes them.
 
     Raises ValueError for more rows of images than the kernel can count. Nothing else is checked here.
     """

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fusion.planner.blocks import convfirst as convfirst_graph
+from fusion.planner.families import PORTABLE
 from fusion.planner.match import match_convfirst
-from fusion.planner.plan import ranked_tiles
 from fusion.planner.processor import PROCESSORS
 from fusion.planner.tile import ConvFirstTile, why_invalid
 from fusion.reference import convfirst
@@ -187,7 +187,7 @@ def test_candidate_tiles_on_the_gpu(case, dtype, device, random_weights, run_ker
 
     shape = match_convfirst(case.graph(str(dtype).removeprefix("torch.")))
     wrong = []
-    for tile in ranked_tiles(shape, processor_of())[::SAMPLED]:
+    for tile in PORTABLE.ranked_tiles(shape, processor_of())[::SAMPLED]:
         try:
             check(case, dtype, device, random_weights, run_kernel, assert_within_rule, tile)
         except AssertionError as error:

@@ -1,10 +1,5 @@
-import json
-import os
-import subprocess
-import sys
 from dataclasses import FrozenInstanceError, replace
 from math import ceil
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +19,6 @@ from fusion.planner.hopper_tile import (
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.processor import PROCESSORS
 
-ROOT = Path(__file__).parents[2]
 TILE = HopperTile(pixels=64, hidden=64, stages=3, partitions=2, programs=1, warp_products=0, bulk_loads=1)
 SHAPE = ConvFirstShape(128, 64, 64, 64, 384, 64, 8, "relu", True, "float16")
 H200 = PROCESSORS["h200"]
@@ -219,17 +213,6 @@ def test_local_memory_by_hand():
     # 72 channels are slabs of 64 + 16, 40 are 32 + 16, and 77 hidden channels two steps of 64; the groups stay 9.
     odd = replace(SHAPE, in_channels=72, hidden_channels=77, out_channels=40, residual=False)
     assert weight_bytes(TILE, odd) == 2 * (9 * 96 * 16 + 128 * (80 + 48) + 128 + 48)
-
-
-def test_the_compiler_takes_the_planned_local_memory():
-    tile = replace(TILE, partitions=1)
-    command = [sys.executable, "-m", "fusion.triton_kernels.ahead", "--json", "--block", "16,1,64", "64,1,64"]
-    command += ["--hopper-tile", ",".join(map(str, tile.to_ints()))]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    taken = [row["shared_bytes"] for row in json.loads(result.stdout)]
-    assert taken == [local_memory_bytes(tile, block(channels, channels), H200) for channels in (16, 64)]
 
 
 def test_weights_that_do_not_fit():

@@ -95,10 +95,9 @@ class HopperCase:
 
 HOPPER_CASES = [
     HopperCase(HopperTile(64, 64, 3, 2, 1, 0, 1), ((64, 6, 64),)),
-    HopperCase(HopperTile(64, 32, 3, 1, 3, 0, 1), ((32, 6, 64),), "bfloat16"),
+    HopperCase(HopperTile(64, 64, 3, 1, 2, 0, 0), ((32, 6, 64),)),
     HopperCase(HopperTile(128, 32, 3, 1, 3, 0, 1), ((24, 3, 100),)),
-    HopperCase(HopperTile(128, 16, 3, 1, 3, 1, 1), ((16, 3, 128),)),
-    HopperCase(HopperTile(64, 16, 2, 1, 3, 1, 0), ((24, 3, 32),), "bfloat16"),
+    HopperCase(HopperTile(128, 16, 3, 1, 3, 1, 1), ((16, 3, 128),), "bfloat16"),
     HopperCase(HopperTile(64, 32, 2, 1, 2, 0, 0), ((48, 6, 64),)),
 ]
 
@@ -116,7 +115,10 @@ def test_resources_of_the_hopper_kernel(case):
         assert row["stack_bytes"] == 0, row
         assert row["wide_copies"] > 0, row
         estimate = hopper_tile.local_memory_bytes(case.tile, shape, processor)
-        assert abs(row["shared_bytes"] - estimate) <= 0.1 * estimate, row
+        if case.tile.partitions == 1:
+            assert row["shared_bytes"] == estimate, row
+        else:  # the compiler lets partitions share some of its scratch
+            assert 0.99 * estimate <= row["shared_bytes"] <= estimate, row
 
 
 def matrix_instructions(tile, shape):

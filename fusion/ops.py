@@ -155,9 +155,9 @@ def convfirst_hopper(
 ) -> Tensor:
     """ConvFirst block (section 5.3) with ReLU and groups of 8 channels as one kernel for Hopper GPUs.
 
-    `[N, C, H, W] -> [N, K, H, W]`, channels_last. It computes what `fusion::convfirst` does, but rounds the expansion's
-    bias to the dtype of `x`, and the expansion's fp32 sums before that bias is added to them. What is not finite
-    reaches a row further than in a convolution, from an image's first or last row to the next image of the batch.
+    `[N, C, H, W] -> [N, K, H, W]`, channels_last. It computes what `fusion::convfirst` does, but rounds the biases to
+    the dtype of `x`, and fp32 sums before biases and the input are added to them. What is not finite reaches a row
+    further than in a convolution, from an image's first or last row to the next image of the batch.
 
     Args:
         x: fp16 or bf16 activations. Any other memory format than channels_last, or an address that is no multiple of

@@ -11,7 +11,7 @@ import argparse
 from fusion.bench import report
 from fusion.bench.blocks import FIGURE8, BlockConfig, parse_block
 from fusion.planner.families import family_of
-from fusion.planner.plan import convfirst_shape
+from fusion.planner.plan import block_shape
 from fusion.probe import cuda_device, processor_of
 from fusion.tuner.tune import search
 
@@ -32,7 +32,7 @@ def main() -> None:
     configs: list[BlockConfig] = args.block or list(FIGURE8)
     device = cuda_device()
     processor = processor_of(device)
-    shapes = {config: convfirst_shape(config.graph(args.batch)) for config in configs}
+    shapes = {config: block_shape(config.graph(args.batch)) for config in configs}
     results = search(list(shapes.values()), processor, device, progress=True)
     rows, summary = [], []
     for config, shape in shapes.items():

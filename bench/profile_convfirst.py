@@ -20,7 +20,7 @@ import torch
 from fusion import kernels
 from fusion.bench import report
 from fusion.bench.blocks import BlockConfig, parse_block
-from fusion.bench.random_blocks import random_convfirst
+from fusion.bench.random_blocks import random_block
 from fusion.planner.families import Tile
 from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.tile import ConvFirstTile
@@ -46,7 +46,7 @@ LEAST_STALL = 0.1
 
 def launch(config: BlockConfig, batch: int, tile: Tile) -> None:
     """Launch the kernel a few times on random input and weights."""
-    weights = random_convfirst(config, seed=0).fused().weights
+    weights = random_block(config, seed=0).fused().weights
     packed = kernels.pack(weights, tile, torch.float16, "cuda")
     x = torch.randn(batch, config.channels, config.hw, config.hw, device="cuda", dtype=torch.float16)
     x = x.contiguous(memory_format=torch.channels_last)

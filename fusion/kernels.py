@@ -4,14 +4,17 @@ import torch
 from torch import Tensor
 
 from fusion import ops
+from fusion.ffn_weights import FfnWeights, PackedFfn
 from fusion.planner.families import HOPPER, Tile, family_of
+from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import HopperTile
 from fusion.weights import ConvFirstWeights, PackedConvFirst, PackedHopper
 
-Packed = PackedConvFirst | PackedHopper
+Weights = ConvFirstWeights | FfnWeights
+Packed = PackedConvFirst | PackedHopper | PackedFfn
 
 
-def pack(weights: ConvFirstWeights, tile: Tile, dtype: torch.dtype, device: torch.device | str) -> Packed:
+def pack(weights: Weights, tile: Tile, dtype: torch.dtype, device: torch.device | str) -> Packed:
     """Round weights once and lay them out for the kernel that `tile` belongs to.
 
     Raises ValueError if that kernel cannot run groups of this width with this tile.
@@ -23,9 +26,24 @@ def pack(weights: ConvFirstWeights, tile: Tile, dtype: torch.dtype, device: torc
 
 def packing(tile: Tile) -> tuple[str | int, ...]:
     """What the layout of packed weights depends on: tiles for which it is equal share them."""
-    if isinstance(tile, HopperTile):
+    if isinstance(tile, HopperTile | FfnTile):
         return family_of(tile).name, tile.hidden
     return family_of(tile).name, tile.hidden, tile.conv_slab
+
+
+def run_ffn(
+    x: Tensor,
+    packed: tuple[Tensor, ...],
+    tile: list[int],
+    *,
+    hidden_channels: int,
+    out_channels: int,
+    activation: str,
+    residual: bool,
+) -> Tensor:
+    """Call the operator of the FFN kernel, as `run` does that of a ConvFirst kernel."""
+    _check_hopper_activation(activation, "run the block layer by layer")
+    return ops.ffn_hopper(x, *packed, hidden_channels, out_channels, residual, tile)
 
 
 def run(
@@ -40,7 +58,7 @@ def run(
     activation: str,
     residual: bool,
 ) -> Tensor:
-    """Call the operator of a kernel on `x` `[N, C, H, W]`: `[N, K, H, W]`, channels_last.
+    """Call the operator of a ConvFirst kernel on `x` `[N, C, H, W]`: `[N, K, H, W]`, channels_last.
 
     `kernel` is the name of the tile's family, `packed` are `pack(...).tensors()`, and `tile` is `Tile.to_ints()`: what
     torch.compile takes as constants. Raises what the operator raises, and ValueError for an activation that the kernel
@@ -48,7 +66,7 @@ def run(
     """
     if kernel != HOPPER.name:
         return ops.convfirst(x, *packed, hidden_channels, out_channels, group_width, activation, residual, tile)
-    _check_hopper_activation(activation)
+    _check_hopper_activation(activation, "use a ConvFirstTile")
     return ops.convfirst_hopper(x, *packed, hidden_channels, out_channels, residual, tile)
 
 
@@ -70,16 +88,21 @@ def launch(
     if isinstance(tile, HopperTile):
         from fusion.triton_kernels import convfirst_hopper
 
-        _check_hopper_activation(activation)
+        _check_hopper_activation(activation, "use a ConvFirstTile")
         convfirst_hopper.launch(
             x, *packed.tensors(), out, hidden_channels=hidden_channels, residual=residual, tile=tile
         )
+    elif isinstance(tile, FfnTile):
+        from fusion.triton_kernels import ffn_hopper
+
+        _check_hopper_activation(activation, "run the block layer by layer")
+        ffn_hopper.launch(x, *packed.tensors(), out, hidden_channels=hidden_channels, residual=residual, tile=tile)
     else:
         from fusion.triton_kernels import convfirst
 
         convfirst.launch(x, *packed.tensors(), out, activation=activation, residual=residual, tile=tile)
 
 
-def _check_hopper_activation(activation: str) -> None:
+def _check_hopper_activation(activation: str, instead: str) -> None:
     if activation != "relu":
-        raise ValueError(f"the Hopper kernel has no activation {activation!r}, only 'relu'; use a ConvFirstTile")
+        raise ValueError(f"the Hopper kernel has no activation {activation!r}, only 'relu'; {instead}")

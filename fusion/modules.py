@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fusion import kernels
-from fusion.kernels import Packed
+from fusion.ffn_weights import FfnWeights
+from fusion.kernels import Packed, Weights
 from fusion.planner.blocks import convfirst as convfirst_graph
+from fusion.planner.blocks import ffn as ffn_graph
 from fusion.planner.families import Tile
 from fusion.planner.graph import BlockGraph
 from fusion.planner.plan import Plan, plan_block
@@ -21,18 +23,18 @@ REFERENCE_PROCESSOR = "h200"
 """Whose plan lays out the weights where no kernel runs, on CPUs."""
 
 
-class FusedConvFirst(nn.Module):
-    """ConvFirst block of stride 1 for inference: `[N, C, H, W] -> [N, K, H, W]`, channels_last.
+class FusedBlock(nn.Module):
+    """A block for inference: `[N, C, H, W] -> [N, K, H, W]`, channels_last.
 
     Takes fp16 and bf16 on GPUs and any floating dtype on CPUs, where it computes the reference. The plan is made at the
     first input of each shape, by `tuner`; its tile says which kernel runs. Weights are packed at the first use of a
     layout. The module has no parameters and keeps no link to the block that it was folded from: fold again after
     training or loading.
 
-    Raises (in `forward`): what `fusion.kernels.run` raises, and PlanError when no tile fits the input's shape.
+    Raises (in `forward`): what the operator raises, and PlanError when no tile fits the input's shape.
     """
 
-    def __init__(self, weights: ConvFirstWeights, *, activation: str, residual: bool, tuner: Tuner = plan_block):
+    def __init__(self, weights: Weights, *, activation: str, residual: bool, tuner: Tuner = plan_block):
         super().__init__()
         self.weights = weights
         self.activation = activation
@@ -47,14 +49,13 @@ class FusedConvFirst(nn.Module):
         key = (x.device, dtype, *x.shape)
         if key not in self._plans:
             batch, channels, height, width = x.shape
-            graph = convfirst_graph(
+            graph = self._graph(
                 max(batch, 1),
                 height,
                 width,
                 channels,
                 hidden_channels=self.weights.hidden_channels,
                 out_channels=self.weights.out_channels,
-                group_width=self.weights.group_width,
                 activation=self.activation,
                 residual=self.residual,
                 dtype=dtype,
@@ -65,27 +66,22 @@ class FusedConvFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.weights.in_channels:
             raise ValueError(
-                f"FusedConvFirst: the input must be [N, {self.weights.in_channels}, H, W], got {list(x.shape)}"
+                f"{type(self).__name__}: the input must be [N, {self.weights.in_channels}, H, W], got {list(x.shape)}"
             )
-        kernel, tile, packed = self._layout(x)
-        return kernels.run(
-            kernel,
-            x,
-            packed,
-            tile,
-            hidden_channels=self.weights.hidden_channels,
-            out_channels=self.weights.out_channels,
-            group_width=self.weights.group_width,
-            activation=self.activation,
-            residual=self.residual,
-        )
+        return self._run(x, *self._layout(x))
 
     def extra_repr(self) -> str:
         weights = self.weights
         return (
             f"{weights.in_channels}, {weights.out_channels}, hidden_channels={weights.hidden_channels}, "
-            f"group_width={weights.group_width}, activation={self.activation!r}, residual={self.residual}"
+            f"activation={self.activation!r}, residual={self.residual}"
         )
+
+    def _graph(self, *sizes: int, **options) -> BlockGraph:
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
+        raise NotImplementedError
 
     @torch.compiler.assume_constant_result
     def _layout(self, x: Tensor) -> tuple[str, list[int], tuple[Tensor, ...]]:
@@ -101,6 +97,51 @@ class FusedConvFirst(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 self._packed[key] = kernels.pack(self.weights, tile, x.dtype, x.device)
         return self._packed[key]
+
+
+class FusedConvFirst(FusedBlock):
+    """ConvFirst block of stride 1 for inference (see `FusedBlock`)."""
+
+    weights: ConvFirstWeights
+
+    def _graph(self, *sizes: int, **options) -> BlockGraph:
+        return convfirst_graph(*sizes, group_width=self.weights.group_width, **options)
+
+    def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
+        return kernels.run(
+            kernel,
+            x,
+            packed,
+            tile,
+            hidden_channels=self.weights.hidden_channels,
+            out_channels=self.weights.out_channels,
+            group_width=self.weights.group_width,
+            activation=self.activation,
+            residual=self.residual,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group_width={self.weights.group_width}"
+
+
+class FusedFfn(FusedBlock):
+    """FFN block for inference (see `FusedBlock`); on GPUs for ReLU and Hopper only."""
+
+    weights: FfnWeights
+
+    def _graph(self, *sizes: int, **options) -> BlockGraph:
+        return ffn_graph(*sizes, **options)
+
+    def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
+        return kernels.run_ffn(
+            x,
+            packed,
+            tile,
+            hidden_channels=self.weights.hidden_channels,
+            out_channels=self.weights.out_channels,
+            activation=self.activation,
+            residual=self.residual,
+        )
 
 
 def _processor_of(device: torch.device) -> str | Processor:

@@ -1,4 +1,4 @@
-"""What the operators of ConvFirst check alike; errors name the operator, what was asked, and what to do."""
+"""What the operators check alike; errors name the operator, what was asked, and what to do."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -77,14 +77,14 @@ def check_weights(
     """Whether packed weights fit the block, the tile and `x`.
 
     `tensors` are names, tensors, the shapes that they must have, and their dtypes, None for any; `pack` names the
-    method that makes them. Raises ValueError, TypeError and RuntimeError for another shape, dtype or device.
+    function that makes them. Raises ValueError, TypeError and RuntimeError for another shape, dtype or device.
     """
     for name, tensor, shape, dtype in tensors:
         if list(tensor.shape) != shape or not tensor.is_contiguous():
             raise ValueError(
                 f"{op}: {name} must be a contiguous {shape} for {x.shape[1]} input, {hidden_channels} hidden and "
                 f"{out_channels} output channels with {tile!r}, got shape {list(tensor.shape)} with strides "
-                f"{list(tensor.stride())}; pack the weights for this tile with fusion.weights.ConvFirstWeights.{pack}"
+                f"{list(tensor.stride())}; pack the weights for this tile with {pack}"
             )
         if dtype is not None and tensor.dtype != dtype:
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, it must be {dtype} for {x.dtype} x")

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
 from fusion import reference
+from fusion.ffn_weights import PackedFfn, ffn_sizes, unpack_ffn
 from fusion.op_checks import (
     any_of,
     check_input,
@@ -16,13 +17,16 @@ from fusion.op_checks import (
     tile_from_ints,
     weight_dtype,
 )
-from fusion.planner import hopper_tile
+from fusion.planner import ffn_tile, hopper_tile
+from fusion.planner.ffn_tile import MAX_PIXELS, FfnTile
 from fusion.planner.hopper_tile import COMPUTE_CAPABILITY, HopperTile
 from fusion.planner.tile import ConvFirstTile, why_malformed
 from fusion.weights import hopper_sizes, unpack_conv, unpack_hopper
 
 ADDRESS_MULTIPLE = 16
-"""Of tensors that the Hopper kernel copies to shared memory, in bytes."""
+"""Of tensors that the Hopper kernels copy to shared memory, in bytes."""
+OTHER_CONVFIRST = "pack the weights for a ConvFirstTile and call fusion::convfirst, for any GPU"
+"""What to do on other GPUs than Hopper's."""
 
 
 @triton_op("fusion::convfirst", mutates_args=())
@@ -132,7 +136,7 @@ def _check_convfirst(
         hidden_channels,
         out_channels,
         tile,
-        "pack",
+        "fusion.weights.ConvFirstWeights.pack",
         (
             ("conv", conv, [sum(9 * slab * slab for slab in in_slabs)], weight_dtype(x)),
             ("expand", expand, [in_padded, hidden], weight_dtype(x)),
@@ -179,14 +183,8 @@ def convfirst_hopper(
         conv, expand, expand_bias, project = unpack_hopper(weights, config, x.shape[1], hidden_channels, out_channels)
         out = reference.convfirst(x, conv, expand, expand_bias, project, project_bias[:out_channels], "relu", residual)
         return out.contiguous(memory_format=torch.channels_last)
-    _check_gpu(x.device)
-    if weights.data_ptr() % ADDRESS_MULTIPLE:
-        raise ValueError(
-            f"fusion::convfirst_hopper: weights are at an address that is no multiple of {ADDRESS_MULTIPLE} bytes, "
-            "clone them"
-        )
-    if x.data_ptr() % ADDRESS_MULTIPLE:
-        x = x.clone(memory_format=torch.channels_last)
+    _check_gpu("fusion::convfirst_hopper", x.device, OTHER_CONVFIRST)
+    x = _aligned("fusion::convfirst_hopper", x, weights)
 
     from fusion.triton_kernels.convfirst_hopper import launch
 
@@ -233,7 +231,7 @@ def _check_convfirst_hopper(
         hidden_channels,
         out_channels,
         config,
-        "pack_hopper",
+        "fusion.weights.ConvFirstWeights.pack_hopper",
         (
             ("weights", weights, [size], weight_dtype(x)),
             ("project_bias", project_bias, [sum(config.out_slabs(out_channels))], torch.float32),
@@ -243,11 +241,128 @@ def _check_convfirst_hopper(
     return config
 
 
-def _check_gpu(device: torch.device) -> None:
+@custom_op("fusion::ffn_hopper", mutates_args=())
+def ffn_hopper(
+    x: Tensor,
+    weights: Tensor,
+    hidden_bias: Tensor,
+    project_bias: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    residual: bool,
+    tile: list[int],
+) -> Tensor:
+    """FFN block (section 5.2) with ReLU as one kernel for Hopper GPUs: `[N, C, H, W] -> [N, K, H, W]`, channels_last.
+
+    1x1 expand with bias, ReLU, 1x1 project with bias, and with `residual` the input added. It rounds the biases to the
+    dtype of `x`, and fp32 sums before biases and the input are added to them.
+
+    Args:
+        x: fp16 or bf16 activations. Any other memory format than channels_last, or an address that is no multiple of
+            16 bytes, costs a copy. On a CPU any floating dtype will do: there the operator computes the reference.
+        weights, hidden_bias, project_bias: `fusion.ffn_weights.PackedFfn`, packed for `tile`. The kernel reads them
+            before the kernel ahead of it in the stream has finished: that one must not be what writes them.
+        hidden_channels, out_channels: sizes without their padding.
+        tile: `FfnTile.to_ints()`.
+
+    Raises:
+        RuntimeError: the GPU is not of compute capability 9.0, a gradient would be needed, or the tensors are on
+            several devices.
+        TypeError: a dtype is not supported.
+        ValueError: shapes and tile do not fit together.
+    """
+    config = _check_ffn_hopper(x, weights, hidden_bias, project_bias, hidden_channels, out_channels, residual, tile)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.device.type == "cpu":
+        packed = PackedFfn(weights, hidden_bias, project_bias)
+        folded = unpack_ffn(packed, config, x.shape[1], hidden_channels, out_channels)
+        out = reference.ffn(x, folded.expand, folded.expand_bias, folded.project, folded.project_bias, "relu", residual)
+        return out.contiguous(memory_format=torch.channels_last)
+    _check_gpu("fusion::ffn_hopper", x.device, "run the block layer by layer")
+    x = _aligned("fusion::ffn_hopper", x, weights)
+
+    from fusion.triton_kernels.ffn_hopper import launch
+
+    out = empty_output(x, out_channels)
+    if x.numel():
+        with torch.cuda.device(x.device):
+            launch(
+                x,
+                weights,
+                hidden_bias,
+                project_bias,
+                out,
+                hidden_channels=hidden_channels,
+                residual=residual,
+                tile=config,
+            )
+    return out
+
+
+@ffn_hopper.register_fake
+def _(
+    x: Tensor,
+    weights: Tensor,
+    hidden_bias: Tensor,
+    project_bias: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    residual: bool,
+    tile: list[int],
+) -> Tensor:
+    _check_ffn_hopper(x, weights, hidden_bias, project_bias, hidden_channels, out_channels, residual, tile)
+    return empty_output(x, out_channels)
+
+
+ffn_hopper.register_autograd(lambda ctx, grad: None, setup_context=gradient_refusal("fusion::ffn_hopper"))
+
+
+def _check_ffn_hopper(
+    x: Tensor,
+    weights: Tensor,
+    hidden_bias: Tensor,
+    project_bias: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    residual: bool,
+    tile: list[int],
+) -> FfnTile:
+    config = tile_from_ints("fusion::ffn_hopper", FfnTile, tile)
+    check_input("fusion::ffn_hopper", x, out_channels)
+    refuse_malformed("fusion::ffn_hopper", config, ffn_tile.why_malformed(config, hidden_channels))
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if pixels >= MAX_PIXELS:
+        raise ValueError(f"fusion::ffn_hopper: {pixels} pixels are too many for a launch, split the batch")
+    shapes = ffn_sizes(config, x.shape[1], hidden_channels, out_channels)
+    check_weights(
+        "fusion::ffn_hopper",
+        x,
+        hidden_channels,
+        out_channels,
+        config,
+        "fusion.ffn_weights.FfnWeights.pack",
+        (
+            ("weights", weights, shapes[0], weight_dtype(x)),
+            ("hidden_bias", hidden_bias, shapes[1], weight_dtype(x)),
+            ("project_bias", project_bias, shapes[2], torch.float32),
+        ),
+    )
+    check_residual("fusion::ffn_hopper", residual, x.shape[1], out_channels)
+    return config
+
+
+def _check_gpu(op: str, device: torch.device, instead: str) -> None:
     found = torch.cuda.get_device_capability(device)
     if found != COMPUTE_CAPABILITY:
         needed, found = (".".join(map(str, capability)) for capability in (COMPUTE_CAPABILITY, found))
         raise RuntimeError(
-            f"fusion::convfirst_hopper: {torch.cuda.get_device_name(device)} has compute capability {found}, the "
-            f"kernel needs {needed}; pack the weights for a ConvFirstTile and call fusion::convfirst, for any GPU"
+            f"{op}: {torch.cuda.get_device_name(device)} has compute capability {found}, the kernel needs {needed}; "
+            f"{instead}"
         )
+
+
+def _aligned(op: str, x: Tensor, weights: Tensor) -> Tensor:
+    """`x`, or a copy of it at an address that kernels can copy from. Raises ValueError for such weights."""
+    if weights.data_ptr() % ADDRESS_MULTIPLE:
+        raise ValueError(f"{op}: weights are at an address that is no multiple of {ADDRESS_MULTIPLE} bytes, clone them")
+    return x.clone(memory_format=torch.channels_last) if x.data_ptr() % ADDRESS_MULTIPLE else x

@@ -22,11 +22,26 @@ def convfirst(
 
     Weights as in `fusion.weights.ConvFirstWeights`, of any dtype; the arithmetic is that of `x`.
     """
-    conv, expand, expand_bias, project, project_bias = (
-        w.to(x.dtype) for w in (conv, expand, expand_bias, project, project_bias)
-    )
-    y = F.conv2d(x, conv, padding=1, groups=x.shape[1] // conv.shape[1])
-    h = ACTIVATIONS[activation](F.conv2d(y, expand[:, :, None, None], expand_bias))
+    y = F.conv2d(x, conv.to(x.dtype), padding=1, groups=x.shape[1] // conv.shape[1])
+    z = ffn(y, expand, expand_bias, project, project_bias, activation, residual=False)
+    return x + z if residual else z
+
+
+def ffn(
+    x: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+    activation: str,
+    residual: bool,
+) -> Tensor:
+    """FFN block (section 5.2) of `x` `[N, C, H, W]` in the dtype of `x`: `[N, K, H, W]`.
+
+    Weights as in `fusion.ffn_weights.FfnWeights`, of any dtype; the arithmetic is that of `x`.
+    """
+    expand, expand_bias, project, project_bias = (w.to(x.dtype) for w in (expand, expand_bias, project, project_bias))
+    h = ACTIVATIONS[activation](F.conv2d(x, expand[:, :, None, None], expand_bias))
     z = F.conv2d(h, project[:, :, None, None], project_bias)
     return x + z if residual else z
 

@@ -6,6 +6,7 @@ from .convfirst import ConvFirst
 from .convfirstnet import ConvFirstNet, ConvFirstNetConfig
 from .drop_path import DropPath
 from .features import FeatureExtractor, FeatureInfo
+from .ffn import Ffn
 from .fused import fuse_blocks
 from .mbconv import MBConv
 from .registry import create_model, list_models, register_model
@@ -20,6 +21,7 @@ __all__ = [
     "DropPath",
     "FeatureExtractor",
     "FeatureInfo",
+    "Ffn",
     "MBConv",
     "SqueezeExcite",
     "create_model",

@@ -40,6 +40,18 @@ def random_weights():
 
 
 @pytest.fixture(scope="session")
+def random_ffn_weights(random_weights):
+    """`(channels, hidden, out_channels=channels) -> FfnWeights` of unit scale, float64."""
+    from fusion.ffn_weights import FfnWeights
+
+    def make(channels, hidden, out_channels=None):
+        weights = random_weights(channels, hidden, out_channels)
+        return FfnWeights(weights.expand, weights.expand_bias, weights.project, weights.project_bias)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def random_block():
     """`(channels, out_channels, **options) -> models.ConvFirst` in eval mode with random batch norm statistics."""
     from models.convfirst import ConvFirst

@@ -106,7 +106,7 @@ def test_a_copy_computes_the_same(fused):
 def test_has_no_parameters_and_prints_its_sizes(fused):
     assert not list(fused.parameters()) and not fused.state_dict()
     assert repr(fused) == (
-        "FusedConvFirst(24, 24, hidden_channels=72, group_width=8, activation='relu', residual=True)"
+        "FusedConvFirst(24, 24, hidden_channels=72, activation='relu', residual=True, group_width=8)"
     )
 
 

@@ -185,4 +185,4 @@ def test_the_capability_is_checked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     with pytest.raises(RuntimeError, match=r"Some GPU has compute capability 8\.6, the kernel needs 9\.0; pack"):
-        ops._check_gpu(torch.device("cuda", 0))
+        ops._check_gpu("fusion::some", torch.device("cuda", 0), "pack again")

@@ -1,16 +1,16 @@
 """`python -m fusion.bench`: one subcommand per module, imported for its arguments only.
 
-A subcommand's module has `register(subparsers)`, which adds its parser and sets `func`, the function that runs it and
-returns the exit code. It imports torch in that function, so that help and analysis are quick.
+A subcommand has `register(subparsers)`, which adds its parser and sets `func`, the function that runs it and returns
+the exit code. It imports torch in that function, so that help and analysis are quick.
 """
 
 import argparse
 import os
 import sys
 
-from fusion.bench import convfirst, waterline
+from fusion.bench import convfirst, ffn, waterline
 
-SUBCOMMANDS = (convfirst, waterline)
+SUBCOMMANDS = (convfirst.COMMAND, ffn.COMMAND, waterline)
 
 DESCRIPTION = """\
 Measure and analyse blocks of convolutional networks: layer by layer, and fused into one kernel.
@@ -21,6 +21,7 @@ Latencies are in microseconds, throughput in TFLOP/s (a multiply-accumulate is t
 EXAMPLES = """\
 examples:
   python -m fusion.bench convfirst                      the paper's ConvFirst blocks: eager, Inductor, fused
+  python -m fusion.bench ffn                            FFN blocks alone, the same way
   python -m fusion.bench waterline                      their minimum latencies, and MBConv's, on the paper's GPU
   python -m fusion.bench waterline --processor h200     the same on another GPU
   python -m fusion.bench COMMAND --help                 what a command does, and its options

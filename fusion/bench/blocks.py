@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fusion.planner import blocks
 from fusion.planner.graph import BlockGraph
 
-BLOCK_TYPES = {"convfirst": blocks.convfirst, "mbconv": blocks.mbconv}
+BLOCK_TYPES = {"convfirst": blocks.convfirst, "ffn": blocks.ffn, "mbconv": blocks.mbconv}
 
 
 class BlockSyntaxError(argparse.ArgumentTypeError, ValueError):
@@ -67,6 +67,14 @@ TABLE1: tuple[BlockConfig, ...] = tuple(PAPER_TABLE1)
 
 FIGURE8: tuple[BlockConfig, ...] = (TABLE1[0], BlockConfig("convfirst", 24, 3, 128), *TABLE1[1:])
 """The ConvFirst blocks of the paper's waterline analysis."""
+
+FFN_BLOCKS: tuple[BlockConfig, ...] = (
+    BlockConfig("ffn", 64, 4, 64),
+    BlockConfig("ffn", 64, 6, 64),
+    BlockConfig("ffn", 128, 4, 32),
+    BlockConfig("ffn", 256, 4, 16),
+)
+"""FFN blocks, not the paper's: from resident weights to more weights than a processor holds."""
 
 FIGURE12: tuple[BlockConfig, ...] = tuple(
     BlockConfig("mbconv", channels, 4, hw) for hw in (16, 8) for channels in (128, 144, 160, 192, 256)

@@ -1,4 +1,4 @@
-"""ConvFirst blocks timed on a GPU: eager PyTorch, Inductor and the fused kernel, in one run."""
+"""Blocks timed on a GPU: eager PyTorch, Inductor and the fused kernel, in one run."""
 
 import argparse
 import copy
@@ -9,9 +9,10 @@ import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 
 from fusion.bench import report
+from fusion.bench.block_command import BlockCommand
 from fusion.bench.block_row import Row, block_row
 from fusion.bench.blocks import BlockConfig
-from fusion.bench.random_blocks import random_convfirst
+from fusion.bench.random_blocks import random_block
 from fusion.bench.report import Column
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import get_processor
@@ -45,7 +46,7 @@ def measure_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, prot
 def measure_block(config: BlockConfig, plan: Plan) -> Row:
     """Time a stage of `STAGE_DEPTH` blocks in three ways and check the fused block against float64."""
     dtype, batch = getattr(torch, plan.shape.dtype), plan.shape.batch
-    blocks = [random_convfirst(config, seed) for seed in range(STAGE_DEPTH)]
+    blocks = [random_block(config, seed) for seed in range(STAGE_DEPTH)]
     eager = nn.Sequential(*(copy.deepcopy(block).to("cuda", dtype) for block in blocks))
     eager = eager.to(memory_format=torch.channels_last)
     fused = nn.Sequential(*(block.fused(lambda *_: plan) for block in blocks))
@@ -65,7 +66,7 @@ def measure_block(config: BlockConfig, plan: Plan) -> Row:
     return block_row(config, plan, error, eager_error, eager_us=eager_us, inductor_us=inductor_us, fused_us=fused_us)
 
 
-def print_blocks(meta: Row, rows: Sequence[Row]) -> None:
+def print_blocks(meta: Row, rows: Sequence[Row], command: BlockCommand) -> None:
     """The rows as a table, and the geometric mean of the speedups."""
     columns = (
         Column("C"),
@@ -87,7 +88,7 @@ def print_blocks(meta: Row, rows: Sequence[Row]) -> None:
     keys = ("channels", "alpha", "hw", "eager_us", "inductor_us", "fused_us", "speedup", "tflops", "pct_peak")
     keys += ("limit_us", "pct_limit", "error", "eager_error", "kernel", "plan")
     title = (
-        f"ConvFirst blocks on {meta['device']}, batch {meta['batch']}, {meta['dtype']}, µs per block; limits at "
+        f"{command.title} blocks on {meta['device']}, batch {meta['batch']}, {meta['dtype']}, µs per block; limits at "
         f"{meta['peak_tflops']:.0f} TFLOP/s and {meta['bandwidth_tbs']:.2f} TB/s ({meta['ceilings_source']})"
     )
     report.print_table(columns, [[row[key] for key in keys] for row in rows], title)

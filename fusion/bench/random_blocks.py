@@ -1,16 +1,18 @@
-"""ConvFirst blocks with random weights and batch norm statistics."""
+"""Blocks with random weights and batch norm statistics."""
 
 import torch
 from torch import nn
 
 from fusion.bench.blocks import BlockConfig
-from models import ConvFirst
+from models import ConvFirst, Ffn
+
+MODULES = {"convfirst": ConvFirst, "ffn": Ffn}
 
 
-def random_convfirst(config: BlockConfig, seed: int) -> ConvFirst:
+def random_block(config: BlockConfig, seed: int) -> ConvFirst | Ffn:
     """A block in eval mode, fp32 on the CPU, whose output has about the scale of its input."""
     generator = torch.Generator().manual_seed(seed)
-    block = ConvFirst(config.channels, config.channels, expansion=config.alpha).eval()
+    block = MODULES[config.block](config.channels, config.channels, expansion=config.alpha).eval()
     with torch.no_grad():
         for parameter in block.parameters():
             if parameter.dim() > 1:

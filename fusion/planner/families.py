@@ -1,42 +1,47 @@
-"""Kernel families that run a ConvFirst block, in one table: what the planner and the tuner ask of each."""
+"""Kernel families and the blocks that they run, in one table: what the planner and the tuner ask of each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fusion.planner import hopper_tile, hopper_time
+from fusion.planner import ffn_tile, hopper_tile, hopper_time
 from fusion.planner import tile as portable_tile
+from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.match import ConvFirstShape
+from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape
 from fusion.planner.processor import Processor
 from fusion.planner.tile import ConvFirstTile
 
-Tile = ConvFirstTile | HopperTile
+Tile = ConvFirstTile | HopperTile | FfnTile
 
 
 @dataclass(frozen=True)
 class KernelFamily:
     """A kernel and the tiles that parametrise it.
 
-    `name` is that of its module in `fusion.triton_kernels`, `title` is for people. `why_none` says why the kernel
-    cannot run a block on a processor with any tile, if there are no `candidate_tiles`; `why_invalid` judges one tile.
-    Sizes are those of one program, times are in microseconds. `pixel_tile` is the height and width of what a program
-    computes together. Tiles of the same `design` differ in little: a search tries one of each first.
+    `name` is that of its module in `fusion.triton_kernels`, `title` is for people. It runs blocks whose shape is a
+    `shape_type`, except those that `why_unsupported` names a reason for. `why_none` says why the kernel cannot run a
+    block on a processor with any tile, if there are no `candidate_tiles`; `why_invalid` judges one tile. Sizes are
+    those of one program, times are in microseconds. `pixel_tile` is the height and width of what a program computes
+    together, None if that is not a rectangle. Tiles of the same `design` differ in little: a search tries one of each
+    first.
     """
 
     name: str
     title: str
+    shape_type: type[BlockShape]
     tile_type: type[Tile]
-    why_none: Callable[[ConvFirstShape, Processor], str | None]
-    why_invalid: Callable[[Tile, ConvFirstShape, Processor], str | None]
-    candidate_tiles: Callable[[ConvFirstShape, Processor], Iterator[Tile]]
-    predicted_us: Callable[[Tile, ConvFirstShape, Processor], float]
-    local_memory_bytes: Callable[[Tile, ConvFirstShape, Processor], int]
-    estimated_registers: Callable[[Tile, ConvFirstShape], float]
-    programs_per_processor: Callable[[Tile, ConvFirstShape, Processor], int]
-    pixel_tile: Callable[[Tile, ConvFirstShape], tuple[int, int]]
+    why_unsupported: Callable[[BlockShape], str | None]
+    why_none: Callable[[BlockShape, Processor], str | None]
+    why_invalid: Callable[[Tile, BlockShape, Processor], str | None]
+    candidate_tiles: Callable[[BlockShape, Processor], Iterator[Tile]]
+    predicted_us: Callable[[Tile, BlockShape, Processor], float]
+    local_memory_bytes: Callable[[Tile, BlockShape, Processor], int]
+    estimated_registers: Callable[[Tile, BlockShape], float]
+    programs_per_processor: Callable[[Tile, BlockShape, Processor], int]
+    pixel_tile: Callable[[Tile, BlockShape], tuple[int, int] | None]
     design: Callable[[Tile], tuple[int, ...]]
 
-    def ranked_tiles(self, shape: ConvFirstShape, processor: Processor) -> list[Tile]:
+    def ranked_tiles(self, shape: BlockShape, processor: Processor) -> list[Tile]:
         """All valid candidates, the best prediction first."""
         tiles = self.candidate_tiles(shape, processor)
         return sorted(tiles, key=lambda tile: round(self.predicted_us(tile, shape, processor), 2))
@@ -45,7 +50,9 @@ class KernelFamily:
 HOPPER = KernelFamily(
     name="convfirst_hopper",
     title="Hopper kernel",
+    shape_type=ConvFirstShape,
     tile_type=HopperTile,
+    why_unsupported=hopper_tile.why_unsupported,
     why_none=hopper_tile.why_none,
     why_invalid=hopper_tile.why_invalid,
     candidate_tiles=hopper_time.candidate_tiles,
@@ -60,7 +67,9 @@ HOPPER = KernelFamily(
 PORTABLE = KernelFamily(
     name="convfirst",
     title="portable kernel",
+    shape_type=ConvFirstShape,
     tile_type=ConvFirstTile,
+    why_unsupported=portable_tile.why_unsupported,
     why_none=portable_tile.why_none,
     why_invalid=portable_tile.why_invalid,
     candidate_tiles=portable_tile.candidate_tiles,
@@ -72,8 +81,30 @@ PORTABLE = KernelFamily(
     design=lambda tile: (tile.pixels, tile.hidden, tile.conv_slab, tile.warps),
 )
 
-FAMILIES = (HOPPER, PORTABLE)
-"""The planner takes the first one that has a valid tile."""
+FFN = KernelFamily(
+    name="ffn_hopper",
+    title="Hopper kernel",
+    shape_type=FfnShape,
+    tile_type=FfnTile,
+    why_unsupported=ffn_tile.why_unsupported,
+    why_none=ffn_tile.why_none,
+    why_invalid=ffn_tile.why_invalid,
+    candidate_tiles=ffn_tile.candidate_tiles,
+    predicted_us=ffn_tile.predicted_us,
+    local_memory_bytes=ffn_tile.local_memory_bytes,
+    estimated_registers=ffn_tile.estimated_registers,
+    programs_per_processor=ffn_tile.programs_per_processor,
+    pixel_tile=lambda tile, shape: None,
+    design=lambda tile: (tile.blocks, tile.hidden, tile.x_in_registers),
+)
+
+FAMILIES = (HOPPER, PORTABLE, FFN)
+"""The planner takes the first one of a block's shape that has a valid tile."""
+
+
+def families_of(shape: BlockShape) -> tuple[KernelFamily, ...]:
+    """The families for blocks of this shape, in order of preference."""
+    return tuple(family for family in FAMILIES if isinstance(shape, family.shape_type))
 
 
 def family_of(tile: Tile) -> KernelFamily:

@@ -1,8 +1,9 @@
 """Which block a graph is, read off its structure and not its name."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusion.planner.graph import BlockGraph, OpKind
+from fusion.planner.graph import BlockGraph, Op, OpKind, Tensor
 
 
 @dataclass(frozen=True)
@@ -22,37 +23,45 @@ class ConvFirstShape:
     kernel_size: int = 3
 
 
+@dataclass(frozen=True)
+class FfnShape:
+    """Parameters of an FFN block; ``height`` and ``width`` in pixels, channels C, hidden and K."""
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    hidden_channels: int
+    out_channels: int
+    activation: str
+    residual: bool
+    dtype: str
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all images."""
+        return self.batch * self.height * self.width
+
+
+BlockShape = ConvFirstShape | FfnShape
+
+
 def match_convfirst(graph: BlockGraph) -> ConvFirstShape | None:
     """The shape of a stride-1 ConvFirst block: spatial convolution, expand, activation, project, maybe a residual.
 
     Returns None when the graph is anything else.
     """
-    if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1 or len(graph.ops) not in (4, 5):
         return None
     (x,) = graph.inputs
-    if len(graph.ops) not in (4, 5):
-        return None
-    conv, expand, activation, project, *rest = graph.ops
-    is_chain = all(
-        op.inputs == (tensor,)
-        for op, tensor in (
-            (conv, x),
-            (expand, conv.output),
-            (activation, expand.output),
-            (project, activation.output),
-        )
-    )
-    has_residual = [(op.kind, set(op.inputs)) for op in rest] == [(OpKind.ADD, {x, project.output})]
+    conv, *ffn = graph.ops
+    has_residual = len(ffn) == 4
     is_convfirst = (
-        is_chain
-        and (has_residual or not rest)
-        and graph.outputs == (graph.ops[-1].output,)
+        conv.inputs == (x,)
+        and _is_ffn(graph, ffn, conv.output, residual=x)
         and conv.is_spatial_conv
         and conv.stride == 1
         and conv.output.dims == x.dims
-        and expand.is_pointwise
-        and activation.kind in (OpKind.RELU, OpKind.SILU)
-        and project.is_pointwise
     )
     if not is_convfirst:
         return None
@@ -61,11 +70,52 @@ def match_convfirst(graph: BlockGraph) -> ConvFirstShape | None:
         height=x["H"],
         width=x["W"],
         in_channels=x["C"],
-        hidden_channels=expand.output["C"],
-        out_channels=project.output["C"],
+        hidden_channels=ffn[0].output["C"],
+        out_channels=ffn[2].output["C"],
         group_width=conv.group_width,
-        activation=str(activation.kind),
+        activation=str(ffn[1].kind),
         residual=has_residual,
         dtype=graph.dtype,
         kernel_size=conv.kernel_size,
+    )
+
+
+def match_ffn(graph: BlockGraph) -> FfnShape | None:
+    """The shape of an FFN block: point-wise expand, activation, point-wise project, maybe a residual.
+
+    Returns None when the graph is anything else.
+    """
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1 or len(graph.ops) not in (3, 4):
+        return None
+    (x,) = graph.inputs
+    if not _is_ffn(graph, graph.ops, x, residual=x):
+        return None
+    expand, activation, project, *rest = graph.ops
+    return FfnShape(
+        batch=x["N"],
+        height=x["H"],
+        width=x["W"],
+        in_channels=x["C"],
+        hidden_channels=expand.output["C"],
+        out_channels=project.output["C"],
+        activation=str(activation.kind),
+        residual=bool(rest),
+        dtype=graph.dtype,
+    )
+
+
+def _is_ffn(graph: BlockGraph, ops: Sequence[Op], x: Tensor, residual: Tensor) -> bool:
+    """Whether the last ops of a graph are an FFN of `x`, to which nothing or `residual` is added."""
+    expand, activation, project, *rest = ops
+    is_chain = (
+        expand.inputs == (x,) and activation.inputs == (expand.output,) and project.inputs == (activation.output,)
+    )
+    has_residual = [(op.kind, set(op.inputs)) for op in rest] == [(OpKind.ADD, {residual, project.output})]
+    return (
+        is_chain
+        and (has_residual or not rest)
+        and graph.outputs == (ops[-1].output,)
+        and expand.is_pointwise
+        and activation.kind in (OpKind.RELU, OpKind.SILU)
+        and project.is_pointwise
     )

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from fusion.planner.families import FAMILIES, KernelFamily, Tile, family_named, family_of
+from fusion.planner.families import KernelFamily, Tile, families_of, family_named, family_of
 from fusion.planner.graph import BlockGraph
 from fusion.planner.lower import block_fused, layerwise
-from fusion.planner.match import ConvFirstShape, match_convfirst
+from fusion.planner.match import BlockShape, match_convfirst, match_ffn
 from fusion.planner.processor import Processor, get_processor
 from fusion.planner.program import Program
-from fusion.planner.tile import why_unsupported
 from fusion.planner.waterline import analyze
 
 RUNNERS_UP = 3
@@ -36,7 +35,7 @@ class Plan:
     """
 
     program: Program
-    shape: ConvFirstShape
+    shape: BlockShape
     tile: Tile
     processor: Processor
     why: str
@@ -50,7 +49,7 @@ class Plan:
 
     @property
     def kernel(self) -> str:
-        """Name of the kernel family: "convfirst" or "convfirst_hopper"."""
+        """Name of the kernel family, for example "convfirst_hopper"."""
         return self.family.name
 
     @property
@@ -99,37 +98,38 @@ class Plan:
         return self.describe()
 
 
-def ranked_tiles(
-    shape: ConvFirstShape, processor: Processor, kernel: str | None = None
-) -> dict[KernelFamily, list[Tile]]:
+def ranked_tiles(shape: BlockShape, processor: Processor, kernel: str | None = None) -> dict[KernelFamily, list[Tile]]:
     """The kernels that run a block, in order of preference, and all their valid tiles, the best prediction first.
 
     `kernel` leaves only the kernel family of that name. Raises PlanError if nothing is left, and ValueError for an
     unknown name.
     """
-    families = FAMILIES if kernel is None else (family_named(kernel),)
+    families = families_of(shape)
+    if kernel is not None:
+        families = tuple(family for family in families if family is family_named(kernel))
+        if not families:
+            supported = " or ".join(repr(family.name) for family in families_of(shape))
+            raise PlanError(f"kernel {kernel!r} does not run {shape}; use {supported}")
     ranked = {family: family.ranked_tiles(shape, processor) for family in families}
     ranked = {family: tiles for family, tiles in ranked.items() if tiles}
     if not ranked:
         reasons = "; ".join(f"{family.title}: {family.why_none(shape, processor)}" for family in families)
-        raise PlanError(
-            f"no tile of the ConvFirst kernel fits {shape} on {processor.title}: {reasons}; run the block layer by "
-            "layer"
-        )
+        raise PlanError(f"no tile fits {shape} on {processor.title}: {reasons}; run the block layer by layer")
     return ranked
 
 
-def convfirst_shape(graph: BlockGraph) -> ConvFirstShape:
+def block_shape(graph: BlockGraph) -> BlockShape:
     """The shape of a block that a fused kernel runs. Raises PlanError if none does."""
-    shape = match_convfirst(graph)
+    shape = match_convfirst(graph) or match_ffn(graph)
     if shape is None:
         raise PlanError(
             f"no fused kernel runs the block {graph.name!r} ({', '.join(op.name for op in graph.ops)}); supported is "
-            "ConvFirst with stride 1: a grouped 3x3 convolution, expand, ReLU or SiLU, project; run it layer by layer"
+            "ConvFirst with stride 1: a grouped 3x3 convolution, expand, ReLU or SiLU, project; and FFN: expand, ReLU, "
+            "project; run it layer by layer"
         )
-    unsupported = why_unsupported(shape)
-    if unsupported:
-        raise PlanError(f"no fused kernel runs {shape}: {unsupported}")
+    reasons = [family.why_unsupported(shape) for family in families_of(shape)]
+    if all(reasons):
+        raise PlanError(f"no fused kernel runs {shape}: {reasons[-1]}; run it layer by layer")
     return shape
 
 
@@ -147,9 +147,11 @@ def plan_block(
     an unknown processor or kernel.
     """
     processor = get_processor(processor)
-    shape = convfirst_shape(graph)
+    shape = block_shape(graph)
     rejected = [_layerwise_rejection(graph, processor), *_impossible_kernels(shape, processor)]
     if tile is not None:
+        if family_of(tile) not in families_of(shape):
+            raise PlanError(f"{tile!r} is for other blocks than {shape}; leave the tile to the planner")
         invalid = family_of(tile).why_invalid(tile, shape, processor)
         if invalid:
             raise PlanError(f"{tile!r} cannot run {shape}: {invalid}; leave the tile to the planner or change it")
@@ -177,10 +179,10 @@ def _layerwise_rejection(graph: BlockGraph, processor: Processor) -> Rejection:
     )
 
 
-def _impossible_kernels(shape: ConvFirstShape, processor: Processor) -> list[Rejection]:
-    reasons = {family.title: family.why_none(shape, processor) for family in FAMILIES}
+def _impossible_kernels(shape: BlockShape, processor: Processor) -> list[Rejection]:
+    reasons = {family.title: family.why_none(shape, processor) for family in families_of(shape)}
     return [Rejection(title, reason) for title, reason in reasons.items() if reason]
 
 
-def _prediction(tile: Tile, shape: ConvFirstShape, processor: Processor) -> str:
+def _prediction(tile: Tile, shape: BlockShape, processor: Processor) -> str:
     return f"predicted {family_of(tile).predicted_us(tile, shape, processor):.1f} us"

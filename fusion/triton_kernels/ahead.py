@@ -1,7 +1,8 @@
 """Compile kernels ahead of time, on a machine with or without a GPU, and read what the compiler made of them.
 
 `python -m fusion.triton_kernels.ahead --block 64,6,64 --capability 8.0 9.0` prints registers, spills, shared memory and
-matrix instructions of each combination; `--hopper-tile 64,64,3,2,1,0,1` does so for the Hopper kernel.
+matrix instructions of each combination; `--hopper-tile 64,64,3,2,1,0,1` does so for the Hopper kernel, and
+`--ffn-tile 2,64,2,4,4,1` for that of the FFN.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -20,14 +22,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fusion.planner import hopper_tile
-from fusion.planner.blocks import convfirst
+from fusion.planner import ffn_tile, hopper_tile
+from fusion.planner.blocks import convfirst, ffn
+from fusion.planner.families import Tile
+from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import WARPS, HopperTile
-from fusion.planner.match import ConvFirstShape
-from fusion.planner.plan import convfirst_shape, plan_block
+from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape
+from fusion.planner.plan import block_shape, plan_block
 from fusion.planner.tile import ConvFirstTile, why_unsupported
 from fusion.triton_kernels import convfirst as portable
 from fusion.triton_kernels import convfirst_hopper as hopper
+from fusion.triton_kernels import ffn_hopper
 from fusion.triton_kernels.convfirst import convfirst_kernel
 from fusion.triton_kernels.convfirst_hopper import convfirst_hopper_kernel
 
@@ -52,8 +57,9 @@ class Resources:
 
     `registers` are 32-bit and counted per thread, as are the `stack_bytes`, where registers spill to. `shared_bytes`
     and `tensor_columns` are per program: of the tensor memory that sm_100 has, 512 columns are all there are. The rest
-    counts instructions: matrix products of sm_80 (`hmma`), sm_90 (`hgmma`) and sm_100 (`utchmma`), and `wide_copies`,
-    asynchronous copies of 16 bytes from global to shared memory.
+    counts instructions: matrix products of sm_80 (`hmma`), sm_90 (`hgmma`) and sm_100 (`utchmma`), `warpgroup`, fences
+    and waits of sm_90's products, two for each where they are serialised, and `wide_copies`, asynchronous copies of 16
+    bytes from global to shared memory.
     """
 
     registers: int
@@ -63,6 +69,7 @@ class Resources:
     hmma: int
     hgmma: int
     utchmma: int
+    warpgroup: int
     wide_copies: int
 
 
@@ -112,6 +119,28 @@ def compile_convfirst_hopper(shape: ConvFirstShape, tile: HopperTile) -> Resourc
     return _compile(GluonASTSource, convfirst_hopper_kernel, signature, values, hopper_tile.COMPUTE_CAPABILITY, options)
 
 
+def compile_ffn_hopper(shape: FfnShape, tile: FfnTile) -> Resources:
+    """Compile the FFN kernel for a block and a tile, for compute capability 9.0; no GPU is needed.
+
+    Raises ValueError for a block that no tile runs and for a malformed tile, and RuntimeError under TRITON_INTERPRET=1.
+    """
+    _refuse_interpreter()
+    _refuse(shape, ffn_tile.why_unsupported(shape) or ffn_tile.why_malformed(tile, shape.hidden_channels))
+    spec = ffn_hopper.constants(
+        shape.in_channels, shape.hidden_channels, shape.out_channels, residual=shape.residual, tile=tile
+    )
+    boxes = ffn_hopper.descriptor_boxes(spec)
+    arguments = ffn_hopper.ffn_hopper_kernel.arg_names
+    values = {name: None for name in arguments if name.endswith("_desc") and name not in boxes} | {"S": spec}
+    signature = {name: _argument_type(name, values, shape.dtype) for name in arguments}
+    for name, box in boxes.items():
+        signature[name] = f"tensordesc<{TYPES[shape.dtype]}{box},{ffn_hopper.descriptor_layout(box)!r}>"
+    signature["hidden_bias_ptr"] = f"*{TYPES[shape.dtype]}"
+    options = {"num_warps": ffn_tile.WARPS}
+    capability = ffn_tile.COMPUTE_CAPABILITY
+    return _compile(GluonASTSource, ffn_hopper.ffn_hopper_kernel, signature, values, capability, options)
+
+
 def _refuse_interpreter() -> None:
     if not isinstance(convfirst_kernel, triton.JITFunction):
         raise RuntimeError(
@@ -120,9 +149,9 @@ def _refuse_interpreter() -> None:
         )
 
 
-def _refuse(shape: ConvFirstShape, reason: str | None) -> None:
+def _refuse(shape: BlockShape, reason: str | None) -> None:
     if reason:
-        raise ValueError(f"the ConvFirst kernel does not run {shape}: {reason}")
+        raise ValueError(f"the kernel does not run {shape}: {reason}")
 
 
 def _compile(
@@ -171,6 +200,7 @@ def _resources(compiled) -> Resources:
         hmma=kinds["HMMA"],
         hgmma=kinds["HGMMA"],
         utchmma=kinds["UTCHMMA"],
+        warpgroup=kinds["WARPGROUP"],
         wide_copies=sum(name.startswith("LDGSTS") and name.endswith(".128") for name in instructions),
     )
 
@@ -184,15 +214,18 @@ def _dump(cubin: bytes, option: str) -> str:
 
 
 def _compile_row(
-    block: tuple[int, int, int], dtype: str, capability: tuple[int, int], tile: ConvFirstTile | HopperTile | None
+    block: tuple[int, int, int], dtype: str, capability: tuple[int, int], tile: Tile | None
 ) -> dict[str, object]:
     channels, expansion, size = block
-    graph = convfirst(128, size, size, channels, expansion, dtype=dtype)
+    constructor = ffn if isinstance(tile, FfnTile) else convfirst
+    graph = constructor(128, size, size, channels, expansion, dtype=dtype)
     if tile is None:
         tile = plan_block(graph, PROCESSOR_OF_CAPABILITY[capability]).tile
-    shape = convfirst_shape(graph)
+    shape = block_shape(graph)
     if isinstance(tile, HopperTile):
         resources = compile_convfirst_hopper(shape, tile)
+    elif isinstance(tile, FfnTile):
+        resources = compile_ffn_hopper(shape, tile)
     else:
         resources = compile_convfirst(shape, tile, capability)
     return {"block": block, "capability": capability, "tile": tile.to_ints(), **asdict(resources)}
@@ -209,18 +242,13 @@ def _block(text: str) -> tuple[int, ...]:
     return block
 
 
-def _tile(text: str) -> ConvFirstTile:
+def _tile(text: str, tile_type: type[Tile], count: str) -> Tile:
     try:
-        return ConvFirstTile(*_ints(text))
+        return tile_type(*_ints(text))
     except TypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} does not have the fields of ConvFirstTile, 5 to 7") from None
-
-
-def _hopper_tile(text: str) -> HopperTile:
-    try:
-        return HopperTile(*_ints(text))
-    except TypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} does not have the fields of HopperTile, 7") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not have the fields of {tile_type.__name__}, {count}"
+        ) from None
 
 
 def _capability(text: str) -> tuple[int, ...]:
@@ -249,16 +277,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--capability", type=_capability, nargs="+", default=[(9, 0)], metavar="MAJOR.MINOR")
     parser.add_argument("--dtype", choices=TYPES, default="float16")
     tile = parser.add_mutually_exclusive_group()
-    tile.add_argument("--tile", type=_tile, help="fields of ConvFirstTile with commas; default: the planner's choice")
     tile.add_argument(
-        "--hopper-tile", type=_hopper_tile, help="fields of HopperTile with commas: compile the Hopper kernel"
+        "--tile",
+        type=partial(_tile, tile_type=ConvFirstTile, count="5 to 7"),
+        help="fields of ConvFirstTile with commas; default: the planner's choice",
+    )
+    tile.add_argument(
+        "--hopper-tile",
+        type=partial(_tile, tile_type=HopperTile, count="7"),
+        help="fields of HopperTile with commas: compile the Hopper kernel",
+    )
+    tile.add_argument(
+        "--ffn-tile",
+        type=partial(_tile, tile_type=FfnTile, count="6"),
+        help="fields of FfnTile with commas: compile the FFN kernel",
     )
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     options = parser.parse_args(arguments)
-    if options.hopper_tile and any(capability != hopper_tile.COMPUTE_CAPABILITY for capability in options.capability):
-        parser.error("--hopper-tile is for compute capability 9.0 only, leave --capability out")
+    for_hopper = options.hopper_tile or options.ffn_tile
+    if for_hopper and any(capability != hopper_tile.COMPUTE_CAPABILITY for capability in options.capability):
+        parser.error(
+            f"--{'hopper' if options.hopper_tile else 'ffn'}-tile is for compute capability 9.0 only, leave --capability out"
+        )
     rows = [
-        _compile_row(block, options.dtype, capability, options.hopper_tile or options.tile)
+        _compile_row(block, options.dtype, capability, for_hopper or options.tile)
         for block, capability in product(options.block, options.capability)
     ]
     print(json.dumps(rows) if options.json else _table(rows))

@@ -533,7 +533,7 @@ def launch(x, weights, hidden_bias, project_bias, out, *, hidden_channels: int, 
             argument = f"{name}{slab}_desc"
             descriptors[argument] = None
             if argument in boxes:
-                layout = descriptor_layout(boxes[argument], x.dtype)
+                layout = descriptor_layout(boxes[argument])
                 descriptors[argument] = TensorDescriptor(tensor, shape, [shape[1], 1], boxes[argument], layout)
     ffn_hopper_kernel[(work.grid,)](
         **descriptors,
@@ -546,6 +546,6 @@ def launch(x, weights, hidden_bias, project_bias, out, *, hidden_channels: int, 
     )
 
 
-def descriptor_layout(box: list[int], dtype) -> gl.NVMMASharedLayout:
+def descriptor_layout(box: list[int]) -> gl.NVMMASharedLayout:
     """Of what a copy brings: that of the tiles that the products read."""
     return gl.NVMMASharedLayout(swizzle_byte_width=2 * box[1], element_bitwidth=16, rank=2)

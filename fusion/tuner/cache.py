@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fusion.planner.families import Tile, family_named, family_of
-from fusion.planner.match import ConvFirstShape
+from fusion.planner.match import BlockShape
 
 FORMAT = 2
 
@@ -26,7 +26,7 @@ class CacheKey:
     device: str
     triton: str
     kernel_hash: str
-    shape: ConvFirstShape
+    shape: BlockShape
 
     def path(self) -> Path:
         """The file of this key; it may not exist."""

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from fusion.planner.families import Tile, family_of
-from fusion.planner.match import ConvFirstShape
+from fusion.planner.match import BlockShape
 
 COMPILERS = max(1, min(15, (os.cpu_count() or 2) - 1))
 ANSWER_SECONDS = 120
 """A tile that takes longer hangs."""
 
-Job = tuple[ConvFirstShape, Tile]
+Job = tuple[BlockShape, Tile]
 
 
 class WorkerPool:
@@ -61,7 +61,7 @@ class WorkerPool:
         for thread in threads:
             thread.join()
 
-    def measure(self, shape: ConvFirstShape, tile: Tile) -> dict:
+    def measure(self, shape: BlockShape, tile: Tile) -> dict:
         """`{"us": ...}` or `{"failed": reason}`."""
         return self._measurer.ask(shape, tile, compile_only=False)
 
@@ -81,7 +81,7 @@ class Worker:
             self._process.wait()
         self._errors.close()
 
-    def ask(self, shape: ConvFirstShape, tile: Tile, compile_only: bool) -> dict:
+    def ask(self, shape: BlockShape, tile: Tile, compile_only: bool) -> dict:
         """The worker's answer; `{"failed": reason}` if it dies or hangs instead."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()

@@ -12,8 +12,8 @@ import triton
 from fusion import triton_kernels
 from fusion.planner.families import KernelFamily, Tile, family_of
 from fusion.planner.graph import BlockGraph
-from fusion.planner.match import ConvFirstShape
-from fusion.planner.plan import RUNNERS_UP, Plan, Rejection, convfirst_shape, plan_block, ranked_tiles
+from fusion.planner.match import BlockShape
+from fusion.planner.plan import RUNNERS_UP, Plan, Rejection, block_shape, plan_block, ranked_tiles
 from fusion.planner.processor import Processor, get_processor
 from fusion.probe import cuda_device, processor_of
 from fusion.progress import progress_bar
@@ -66,7 +66,7 @@ def tune_blocks(
     """
     device = cuda_device(device)
     processor = processor_of(device) if processor is None else get_processor(processor)
-    shapes = [convfirst_shape(graph) for graph in graphs]
+    shapes = [block_shape(graph) for graph in graphs]
     keys = [cache_key(shape, device) for shape in shapes]
     known = [None if refresh else _usable(cache.load(key), key.shape, processor) for key in keys]
     unknown = list(dict.fromkeys(shape for shape, tile in zip(shapes, known, strict=True) if tile is None))
@@ -79,7 +79,7 @@ def tune_blocks(
         found = results[key.shape]
         if not found.measured:
             raise RuntimeError(
-                f"no tile of the ConvFirst kernel gives right results for {key.shape} on {key.device}: "
+                f"no tile gives right results for {key.shape} on {key.device}: "
                 + "; ".join(f"{count} tiles: {reason}" for reason, count in found.failures.most_common(3))
             )
         best, *others = found.ranking()
@@ -92,7 +92,7 @@ def tune_blocks(
     return plans
 
 
-def cache_key(shape: ConvFirstShape, device: torch.device) -> cache.CacheKey:
+def cache_key(shape: BlockShape, device: torch.device) -> cache.CacheKey:
     """What a measurement of this block on this GPU, with this compiler and these kernels, is kept under."""
     source = b"".join(path.read_bytes() for path in kernel_sources())
     name = torch.cuda.get_device_name(device)
@@ -101,19 +101,20 @@ def cache_key(shape: ConvFirstShape, device: torch.device) -> cache.CacheKey:
 
 def kernel_sources() -> list[Path]:
     """The files that hold the kernels of all families."""
-    return sorted(Path(triton_kernels.__file__).parent.glob("convfirst*.py"))
+    folder = Path(triton_kernels.__file__).parent
+    return sorted(path for pattern in ("convfirst*.py", "ffn*.py") for path in folder.glob(pattern))
 
 
 def search(
-    shapes: Sequence[ConvFirstShape], processor: Processor, device: torch.device, progress: bool
-) -> dict[ConvFirstShape, Results]:
+    shapes: Sequence[BlockShape], processor: Processor, device: torch.device, progress: bool
+) -> dict[BlockShape, Results]:
     """Time candidates of every shape in two rounds. Raises PlanError for a shape that no tile fits."""
     ranked = {shape: ranked_tiles(shape, processor) for shape in shapes}
     results = {shape: Results() for shape in shapes}
     title = f"tuning {len(shapes)} block{'s' if len(shapes) > 1 else ''}"
     with progress_bar(title, show=progress) as bar, WorkerPool(device) as pool:
 
-        def run_round(choose: Callable[[ConvFirstShape], Sequence[Tile]]) -> None:
+        def run_round(choose: Callable[[BlockShape], Sequence[Tile]]) -> None:
             jobs = [(shape, tile) for shape in shapes for tile in choose(shape)]
             bar.extend(2 * len(jobs))
             pool.compile(jobs, bar.advance)
@@ -166,9 +167,7 @@ def _slower_kernels(found: Results) -> list[Rejection]:
     return [Rejection(family.title, f"measured {us:.1f} us at best") for family, us in list(best.items())[1:]]
 
 
-def _usable(
-    cached: tuple[Tile, float] | None, shape: ConvFirstShape, processor: Processor
-) -> tuple[Tile, float] | None:
+def _usable(cached: tuple[Tile, float] | None, shape: BlockShape, processor: Processor) -> tuple[Tile, float] | None:
     if cached is None or family_of(cached[0]).why_invalid(cached[0], shape, processor):
         return None
     return cached

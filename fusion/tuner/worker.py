@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from fusion import kernels, reference
+from fusion.ffn_weights import FfnWeights
+from fusion.kernels import Weights
 from fusion.planner.families import Tile, family_named
-from fusion.planner.match import ConvFirstShape
+from fusion.planner.match import BlockShape, ConvFirstShape
 from fusion.reference import ERROR_FACTOR, relative_error
 from fusion.timing import STAGE_DEPTH, graph_us
 from fusion.weights import ConvFirstWeights
@@ -28,7 +30,7 @@ CHECKED_IMAGES = 2
 class Bench:
     """Random weights and inputs of a block, and what is measured on them."""
 
-    shape: ConvFirstShape
+    shape: BlockShape
     device: torch.device
 
     @cached_property
@@ -36,7 +38,7 @@ class Bench:
         return getattr(torch, self.shape.dtype)
 
     @cached_property
-    def weights(self) -> list[ConvFirstWeights]:
+    def weights(self) -> list[Weights]:
         generator = torch.Generator().manual_seed(0)
         return [random_weights(self.shape, generator) for _ in range(STAGE_DEPTH)]
 
@@ -99,7 +101,7 @@ class Bench:
         )
         return out.permute(0, 3, 1, 2)
 
-    def _run(self, weights: ConvFirstWeights, tile: Tile) -> Callable[[Tensor, Tensor], None]:
+    def _run(self, weights: Weights, tile: Tile) -> Callable[[Tensor, Tensor], None]:
         shape = self.shape
         packed = kernels.pack(weights, tile, self.dtype, self.device)
         return lambda x, out: kernels.launch(
@@ -113,38 +115,40 @@ class Bench:
         )
 
     def _reference(self, x: Tensor) -> Tensor:
-        first = self.weights[0]
-        tensors = (
-            w.to(x.device) for w in (first.conv, first.expand, first.expand_bias, first.project, first.project_bias)
-        )
-        return reference.convfirst(x, *tensors, self.shape.activation, self.shape.residual)
+        weights, rest = self.weights[0], (self.shape.activation, self.shape.residual)
+        ffn = (w.to(x.device) for w in (weights.expand, weights.expand_bias, weights.project, weights.project_bias))
+        if isinstance(weights, FfnWeights):
+            return reference.ffn(x, *ffn, *rest)
+        return reference.convfirst(x, weights.conv.to(x.device), *ffn, *rest)
 
 
-def random_weights(shape: ConvFirstShape, generator: torch.Generator) -> ConvFirstWeights:
+def random_weights(shape: BlockShape, generator: torch.Generator) -> Weights:
     """Weights that keep the scale of the activations from block to block."""
 
     def normal(*size: int, fan_in: float) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64) / fan_in**0.5
 
-    hidden, width = shape.hidden_channels, shape.group_width
-    return ConvFirstWeights(
-        conv=normal(shape.in_channels, width, 3, 3, fan_in=9 * width),
+    is_convfirst, hidden = isinstance(shape, ConvFirstShape), shape.hidden_channels
+    conv = (normal(shape.in_channels, shape.group_width, 3, 3, fan_in=9 * shape.group_width),) if is_convfirst else ()
+    ffn = FfnWeights(
         expand=normal(hidden, shape.in_channels, fan_in=shape.in_channels),
         expand_bias=normal(hidden, fan_in=10),
         # A small share of the sum: eight residual blocks in a row should not grow.
         project=normal(shape.out_channels, hidden, fan_in=8 * hidden),
         project_bias=normal(shape.out_channels, fan_in=100),
     )
+    return ConvFirstWeights(*conv, **vars(ffn)) if is_convfirst else ffn
 
 
 def answer(shape: dict, kernel: str, tile: list[int], compile_only: bool, device: str) -> dict:
     """`{"us": ...}`, or `{"failed": reason}` when the result is wrong; `{}` when only a compilation was asked for."""
-    config = family_named(kernel).tile_type(*tile)
+    family = family_named(kernel)
+    config = family.tile_type(*tile)
     if compile_only:
         # The batch is no part of the compiled kernel: one image will do.
-        bench_of(ConvFirstShape(**{**shape, "batch": 1}), device).error(config)
+        bench_of(family.shape_type(**{**shape, "batch": 1}), device).error(config)
         return {}
-    bench = bench_of(ConvFirstShape(**shape), device)
+    bench = bench_of(family.shape_type(**shape), device)
     error, limit = bench.error(config), ERROR_FACTOR * bench.eager_error
     if not error <= limit:
         return {"failed": f"wrong result: error {error:.1e}, eager PyTorch has {bench.eager_error:.1e}"}
@@ -152,7 +156,7 @@ def answer(shape: dict, kernel: str, tile: list[int], compile_only: bool, device
 
 
 @lru_cache(maxsize=1)
-def bench_of(shape: ConvFirstShape, device: str) -> Bench:
+def bench_of(shape: BlockShape, device: str) -> Bench:
     """The latest block, kept for its next tile."""
     return Bench(shape, torch.device(device))
 

@@ -2,10 +2,11 @@ from itertools import islice, pairwise
 
 import pytest
 
-from fusion.planner.blocks import convfirst
-from fusion.planner.families import FAMILIES, HOPPER, PORTABLE, family_named, family_of
+from fusion.planner.blocks import convfirst, ffn
+from fusion.planner.families import FFN, HOPPER, PORTABLE, families_of, family_named, family_of
+from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.match import match_convfirst
+from fusion.planner.match import match_convfirst, match_ffn
 from fusion.planner.processor import PROCESSORS
 from fusion.planner.tile import ConvFirstTile
 
@@ -19,20 +20,30 @@ SHAPES = [
         ((1, 8, 8, 4096, 1), {}),
     )
 ]
+SHAPES += [
+    match_ffn(ffn(*sizes, **options))
+    for sizes, options in (
+        ((128, 64, 64, 64, 6), {}),
+        ((4, 19, 23, 144, 3), {"out_channels": 24}),
+        ((4, 19, 23, 16, 3), {"activation": "silu"}),
+        ((1, 8, 8, 4096, 1), {}),
+    )
+]
+CASES = [(family, shape) for shape in SHAPES for family in families_of(shape)]
 
 
 def test_a_tile_knows_its_family_and_a_name_finds_it():
     assert family_of(HopperTile(64, 64, 3, 2, 1, 0, 1)) is HOPPER is family_named("convfirst_hopper")
     assert family_of(ConvFirstTile(8, 16, 32, 32, 4)) is PORTABLE is family_named("convfirst")
-    with pytest.raises(ValueError, match="kernel 'fast' is unknown; use one of convfirst_hopper, convfirst"):
+    assert family_of(FfnTile(2, 64, 2, 4, 4, 1)) is FFN is family_named("ffn_hopper")
+    with pytest.raises(ValueError, match="kernel 'fast' is unknown; use one of convfirst_hopper, convfirst, ffn"):
         family_named("fast")
-    with pytest.raises(TypeError, match="None is not a tile; use a HopperTile or a ConvFirstTile"):
+    with pytest.raises(TypeError, match="None is not a tile; use a HopperTile or a ConvFirstTile or a FfnTile"):
         family_of(None)
 
 
 @pytest.mark.parametrize("processor", ["h200", "a5000", "b200"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family, shape", CASES, ids=lambda value: getattr(value, "name", str(value)))
 def test_a_family_has_candidates_or_a_reason(family, shape, processor):
     processor = PROCESSORS[processor]
     tiles = list(islice(family.candidate_tiles(shape, processor), 20))
@@ -45,9 +56,10 @@ def test_a_family_has_candidates_or_a_reason(family, shape, processor):
         assert family.programs_per_processor(tile, shape, processor) >= 1
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [HOPPER, PORTABLE, FFN], ids=lambda family: family.name)
 def test_tiles_are_ranked_by_prediction(family):
-    tiles = family.ranked_tiles(SHAPES[0], PROCESSORS["h200"])
-    assert set(tiles) == set(family.candidate_tiles(SHAPES[0], PROCESSORS["h200"]))
-    predictions = [family.predicted_us(tile, SHAPES[0], PROCESSORS["h200"]) for tile in tiles]
+    shape = next(shape for shape in SHAPES if isinstance(shape, family.shape_type))
+    tiles = family.ranked_tiles(shape, PROCESSORS["h200"])
+    assert set(tiles) == set(family.candidate_tiles(shape, PROCESSORS["h200"]))
+    predictions = [family.predicted_us(tile, shape, PROCESSORS["h200"]) for tile in tiles]
     assert all(slower > faster - 0.011 for faster, slower in pairwise(predictions))

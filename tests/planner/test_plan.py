@@ -88,10 +88,12 @@ def test_a_kernel_can_be_asked_for():
     plan = plan_block(GRAPH, "h200", kernel="convfirst")
     assert plan.tile == PORTABLE.ranked_tiles(plan.shape, plan.processor)[0]
     assert plan_block(GRAPH, "h200", kernel="convfirst_hopper").tile == plan_block(GRAPH, "h200").tile
-    with pytest.raises(PlanError, match=r"no tile of .* fits .*: Hopper kernel: weights of 253 KB .*layer by layer"):
+    with pytest.raises(PlanError, match=r"no tile fits .*: Hopper kernel: weights of 253 KB .*layer by layer"):
         plan_block(TOO_WIDE_FOR_HOPPER, "h200", kernel="convfirst_hopper")
     with pytest.raises(ValueError, match="kernel 'fast' is unknown; use one of convfirst_hopper, convfirst"):
         plan_block(GRAPH, "h200", kernel="fast")
+    with pytest.raises(PlanError, match=r"kernel 'ffn_hopper' does not run .*use 'convfirst_hopper' or 'convfirst'"):
+        plan_block(GRAPH, "h200", kernel="ffn_hopper")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_a_plan_prints_itself_and_its_tile_can_be_pasted_back(kernel):
         (convfirst(1, 8, 8, 16, 2, dtype="float32"), "dtype float32 is not supported, use one of float16, bfloat16"),
         (convfirst(1, 8, 8, 16, 2, kernel_size=5), "kernel size 5 is not supported, use 3"),
         (convfirst(1, 8, 8, 12, 2, group_width=4), "in_channels=12 is not supported, use a multiple of 8"),
-        (convfirst(1, 8, 8, 4096, 1), "no tile of the ConvFirst kernel fits .*run the block layer by layer"),
+        (convfirst(1, 8, 8, 4096, 1), "no tile fits .*run the block layer by layer"),
     ],
     ids=["mbconv", "stride", "dtype", "kernel", "channels", "huge"],
 )

@@ -1,15 +1,19 @@
-"""ConvFirst blocks without a GPU: the portable kernel in Triton's interpreter on one small image, nothing timed."""
+"""Blocks without a GPU: what can be checked on a CPU on one small image, nothing timed."""
 
 import argparse
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from fusion import kernels
 from fusion.bench import report
+from fusion.bench.block_command import BlockCommand
 from fusion.bench.block_row import Row, block_row
 from fusion.bench.blocks import BlockConfig
-from fusion.bench.random_blocks import random_convfirst
+from fusion.bench.random_blocks import random_block
 from fusion.bench.report import Column
+from fusion.planner.families import PORTABLE
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import get_processor
 from fusion.progress import progress_bar
@@ -19,12 +23,13 @@ CHECKED_PIXELS = 20
 """Height and width of the image: not a multiple of any tile, with pixels on and off the border."""
 
 
-def interpret_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, protocol: str) -> tuple[Row, list[Row]]:
+def check_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, protocol: str) -> tuple[Row, list[Row]]:
     """Meta data and one row for each block; everything that needs a clock is None.
 
-    Raises ValueError for bfloat16, whose products the interpreter gets wrong.
+    ConvFirst's portable kernel runs in Triton's interpreter, which has no other; an FFN's operator computes its
+    reference. Raises ValueError for ConvFirst in bfloat16, whose products the interpreter gets wrong.
     """
-    if args.dtype != "float16":
+    if args.dtype != "float16" and any(config.block == "convfirst" for config in blocks):
         raise ValueError(
             f"--dtype {args.dtype} needs a GPU: Triton's interpreter computes wrong products in bfloat16; use float16"
         )
@@ -33,30 +38,36 @@ def interpret_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, pr
     rows = []
     with torch.inference_mode(), progress_bar("checking blocks", len(blocks)) as bar:
         for config in blocks:
-            plan = plan_block(config.graph(args.batch, args.dtype), processor, kernel="convfirst")
-            rows.append(interpret_block(config, plan))
+            kernel = PORTABLE.name if config.block == "convfirst" else None
+            plan = plan_block(config.graph(args.batch, args.dtype), processor, kernel=kernel)
+            rows.append(check_block(config, plan))
             bar.advance()
     return meta, rows
 
 
-def interpret_block(config: BlockConfig, plan: Plan) -> Row:
-    """Check a block's kernel, as planned, against float64 on one small image."""
-    from fusion.triton_kernels.convfirst import launch
-
+def check_block(config: BlockConfig, plan: Plan) -> Row:
+    """Check a block, as planned, against float64 on one small image."""
     size = min(config.hw, CHECKED_PIXELS)
-    block = random_convfirst(config, seed=0)
-    x = torch.randn(1, config.channels, size, size, generator=torch.Generator().manual_seed(0)).half()
+    block, dtype = random_block(config, seed=0), getattr(torch, plan.shape.dtype)
+    x = torch.randn(1, config.channels, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.full_like(x, float("nan"))
-    packed = block.fused().weights.pack(plan.tile, x.dtype, "cpu").tensors()
-    launch(x, *packed, out, activation="relu", residual=True, tile=plan.tile)
-    eager = block.half()(x)
+    out = _interpret(block, plan, x) if plan.family is PORTABLE else block.fused(lambda *_: plan)(x)
+    eager = block.to(dtype)(x)
     expected = block.double()(x.double())
     row = block_row(config, plan, relative_error(out, expected), relative_error(eager, expected))
     return {**row, "checked": list(x.shape)}
 
 
-def print_blocks(meta: Row, rows: Sequence[Row]) -> None:
+def _interpret(block: torch.nn.Module, plan: Plan, x: Tensor) -> Tensor:
+    out = torch.full_like(x, float("nan"))
+    weights = block.fused().weights
+    packed = kernels.pack(weights, plan.tile, x.dtype, "cpu")
+    sizes = {"hidden_channels": weights.hidden_channels, "activation": "relu", "residual": True}
+    kernels.launch(x, packed, out, plan.tile, **sizes)
+    return out
+
+
+def print_blocks(meta: Row, rows: Sequence[Row], command: BlockCommand) -> None:
     """The rows as a table that says that nothing was timed."""
     columns = (
         Column("C"),
@@ -86,7 +97,7 @@ def print_blocks(meta: Row, rows: Sequence[Row]) -> None:
         for row in rows
     ]
     title = (
-        f"ConvFirst blocks, NOT TIMED (no GPU): portable kernel checked in Triton's interpreter; predictions for "
+        f"{command.title} blocks, NOT TIMED (no GPU): {command.checked_on_cpu} checked; predictions for "
         f"{meta['processor']}, batch {meta['batch']}, {meta['dtype']}"
     )
     report.print_table(columns, cells, title)

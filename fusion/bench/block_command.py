@@ -1,0 +1,126 @@
+"""Commands that fuse blocks of a type into one kernel each, next to eager PyTorch and Inductor.
+
+On a GPU the blocks are timed. Without one they run at a small size on the CPU: that checks what can be checked there
+and prints the plan and its prediction, and times nothing.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from fusion.bench import report
+from fusion.bench.blocks import BlockConfig, parse_block
+from fusion.planner.processor import PROCESSORS
+from fusion.planner.tile import KERNEL_DTYPES
+
+PROTOCOL_GPU = (
+    "stage of eight blocks with distinct weights and random batch norm statistics in a CUDA graph, channels_last, "
+    "median of 20 replays after warm-up, microseconds per block; Inductor: torch.compile default mode with freezing, "
+    "cudnn.benchmark on, same graph; error: relative L2 error of the first block's output against float64"
+)
+PROTOCOL_CPU = (
+    "not timed: {checked} on a CPU, one small image (size in column 'checked'); predicted and limit microseconds are "
+    "the planner's, for the processor and batch given; error: relative L2 error against float64"
+)
+
+
+@dataclass(frozen=True)
+class BlockCommand:
+    """A command for blocks of one type.
+
+    `block` is the type's name and the command's, `title` the type for people, `blocks` are those of a run without
+    `--block`, and `blocks_help` says which they are. `checked_on_cpu` says what runs without a GPU.
+    """
+
+    block: str
+    title: str
+    help: str
+    description: str
+    examples: str
+    blocks: Sequence[BlockConfig]
+    blocks_help: str
+    checked_on_cpu: str
+
+    def register(self, subparsers) -> None:
+        """Add the command's parser."""
+        parser = subparsers.add_parser(
+            self.block,
+            help=self.help,
+            description=self.description,
+            epilog=self.examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument(
+            "--block",
+            action="append",
+            type=partial(parse_block, types=(self.block,)),
+            metavar="C,ALPHA,HW",
+            help=f"channels, expansion ratio and height = width of a block; repeatable (default: {self.blocks_help})",
+        )
+        parser.add_argument("--batch", type=_positive, default=128, metavar="N", help="images (default: 128)")
+        parser.add_argument("--dtype", choices=KERNEL_DTYPES, default="float16", help="default: float16")
+        parser.add_argument(
+            "--processor",
+            choices=sorted(PROCESSORS),
+            help="whose ceilings give limits and predictions (default: the GPU at hand, measured; h200 without one)",
+        )
+        parser.add_argument(
+            "--no-tune", action="store_true", help="take the planner's tile instead of the fastest of a search"
+        )
+        parser.add_argument("--retune", action="store_true", help="search even if a tuned tile is in the cache")
+        parser.add_argument("--json", metavar="PATH", help="write meta data and rows as JSON")
+        parser.add_argument(
+            "--plot", metavar="PATH", help="draw the results (the paper's figure 13): .png, .svg or .pdf"
+        )
+        parser.set_defaults(func=partial(run, self))
+
+
+def run(command: BlockCommand, args: argparse.Namespace) -> int:
+    """Run the command; 1 if a block's error is too large."""
+    from fusion.bench import block_plot
+
+    for path in filter(None, (args.json, args.plot)):
+        report.check_writable(path)
+    if args.plot:
+        block_plot.check_suffix(args.plot)
+    blocks: list[BlockConfig] = args.block or list(command.blocks)
+
+    import torch
+
+    if torch.cuda.is_available():
+        from fusion.bench.measured import measure_blocks, print_blocks
+
+        meta, rows = measure_blocks(blocks, args, PROTOCOL_GPU)
+    else:
+        # Before anything imports triton: it reads the variable once.
+        os.environ["TRITON_INTERPRET"] = "1"
+        from fusion.bench.unmeasured import check_blocks, print_blocks
+
+        meta, rows = check_blocks(blocks, args, PROTOCOL_CPU.format(checked=command.checked_on_cpu))
+    # The table comes last: a reader that closes the pipe early must not cost the files.
+    if args.json:
+        report.write_json(args.json, meta, rows)
+    if args.plot:
+        block_plot.plot_blocks(rows, meta, args.plot)
+    print_blocks(meta, rows, command)
+    from fusion.reference import ERROR_FACTOR
+
+    wrong = [row for row in rows if not row["error"] <= ERROR_FACTOR * row["eager_error"]]
+    for row in wrong:
+        print(
+            f"WRONG: {row['channels']},{row['alpha']},{row['hw']} has error {row['error']:.1e}, more than "
+            f"{ERROR_FACTOR} x eager PyTorch's {row['eager_error']:.1e}"
+        )
+    return 1 if wrong else 0
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value

@@ -54,6 +54,7 @@ BLOCK = gl.constexpr(BLOCK_PIXELS)
 CREW = gl.constexpr(PARTITIONS)
 WORKER_REGISTERS = gl.constexpr(240)
 """Of each thread of the second partition; it leaves as many to the first."""
+STEP_BITS = gl.constexpr(30)
 TILE_BITS = gl.constexpr(20)
 """Bits of a tile's number; those above make a zero that the compiler cannot see."""
 
@@ -204,16 +205,19 @@ def hidden_bias(bias, step, S: gl.constexpr):
 
 
 @gluon.jit
-def read_input(xs, block, S: gl.constexpr):
-    """Left operands of the expansion, for each slab [64, slab]."""
-    operands = ()
-    for s in gl.static_range(len(S.in_slabs)):
-        x = xs[s].index(block)
-        if S.x_in_registers:
-            operands = operands + (x.load(operand_layout(S.hidden)),)
-        else:
-            operands = operands + (x,)
-    return operands
+def inputs(xs, first_block, S: gl.constexpr):
+    """Left operands of the expansion: for every block slabs [64, slab], in registers or in shared memory."""
+    blocks = ()
+    for i in gl.static_range(fixed(S.blocks)):
+        slabs = ()
+        for s in gl.static_range(len(S.in_slabs)):
+            x = xs[s].index(first_block + i)
+            if S.x_in_registers:
+                slabs = slabs + (x.load(operand_layout(S.hidden)),)
+            else:
+                slabs = slabs + (x,)
+        blocks = blocks + (slabs,)
+    return blocks
 
 
 @gluon.jit
@@ -335,17 +339,18 @@ def walk(
         if S.stages == 1 and tile > 0:
             replace_tile(x_descs, xs, x_full, tile, tiles, first, stride, S)
         mbarrier.wait(x_full.index(tile % S.stages), (tile // S.stages) & 1)
-        x = ()
+        x = inputs(xs, block, S)
         zs = ()
-        for i in gl.static_range(fixed(S.blocks)):
+        for _ in gl.static_range(fixed(S.blocks)):
             z = ()
             for s in gl.static_range(len(S.out_slabs)):
                 z = z + (zeros(BLOCK, S.out_slabs[s], sum_layout(S.out_slabs[s])),)
-            x = x + (read_input(xs, block + i, S),)
             zs = zs + (z,)
         for step in gl.static_range(fixed(S.steps)):
             now = first_step + step
             wait_for_chunk(u_full, now, tile, S.expand_chunks, S)
+            if not S.x_in_registers:
+                x = inputs(xs, block + (now >> STEP_BITS), S)
             hs, zs = start_step(x, us, zs, now % S.expand_chunks, step, S)
             if S.streams and PARTITION == 0:
                 replace_chunks(weights_descs, us, vs, u_full, v_full, free, now - 1, tiles * S.steps, S)

@@ -296,9 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for_hopper = options.hopper_tile or options.ffn_tile
     if for_hopper and any(capability != hopper_tile.COMPUTE_CAPABILITY for capability in options.capability):
-        parser.error(
-            f"--{'hopper' if options.hopper_tile else 'ffn'}-tile is for compute capability 9.0 only, leave --capability out"
-        )
+        option = "--hopper-tile" if options.hopper_tile else "--ffn-tile"
+        parser.error(f"{option} is for compute capability 9.0 only, leave --capability out")
     rows = [
         _compile_row(block, options.dtype, capability, for_hopper or options.tile)
         for block, capability in product(options.block, options.capability)

@@ -56,7 +56,7 @@ WORKER_REGISTERS = gl.constexpr(240)
 """Of each thread of the second partition; it leaves as many to the first."""
 STEP_BITS = gl.constexpr(30)
 TILE_BITS = gl.constexpr(20)
-"""Bits of a tile's number; those above make a zero that the compiler cannot see."""
+"""Bits of a step's and a tile's number; those above make a zero that the compiler cannot see."""
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,7 @@ def walk(
 ):
     """A partition's part: tiles from pixel `first` on, `stride` pixels apart."""
     for tile in range(0, tiles):
-        # Were it plainly zero, the compiler would keep all addresses of the weights in registers.
+        # Were zeros plain, the compiler would keep all addresses of the operands in registers.
         zero = tile >> TILE_BITS
         first_step = tile * S.steps if S.streams else zero
         block = tile % S.stages * S.blocks

@@ -1,9 +1,11 @@
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusion.bench import waterline
 from fusion.bench.__main__ import main
@@ -79,3 +81,21 @@ def test_a_reader_that_stops_early_gets_no_traceback():
     with os.fdopen(writing, "wb") as closed:
         result = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_ffn_blocks_are_checked_and_reported(tmp_path, capsys):
+    arguments = ["--block", "24,3,9", "--batch", "2", "--no-tune", "--processor", "h200"]
+    if not torch.cuda.is_available():
+        arguments += ["--dtype", "bfloat16"]
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the FFN kernel needs a GPU of compute capability 9.0")
+    assert main(["ffn", *arguments, "--json", str(tmp_path / "ffn.json")]) == 0
+    report = json.loads((tmp_path / "ffn.json").read_text())
+    (row,) = report["rows"]
+    assert (row["block"], row["channels"], row["alpha"], row["hw"]) == ("ffn", 24, 3, 9)
+    assert row["kernel"] == "ffn_hopper" and row["plan"].startswith("FfnTile(")
+    assert 0 < row["error"] <= 2 * row["eager_error"]
+    if not torch.cuda.is_available():
+        assert "FFN blocks, NOT TIMED (no GPU)" in capsys.readouterr().out
+        assert "not the kernel" in report["meta"]["protocol"]
+        assert row["fused_us"] is None

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fusion.planner import hopper_tile
-from fusion.planner.blocks import convfirst
+from fusion.planner import ffn_tile, hopper_tile
+from fusion.planner.blocks import convfirst, ffn
+from fusion.planner.ffn_tile import BLOCK_PIXELS, PARTITIONS, FfnTile
 from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.match import match_convfirst
+from fusion.planner.match import match_convfirst, match_ffn
 from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
 from fusion.planner.tile import (
@@ -155,6 +156,29 @@ def test_interpreted_kernels_cannot_be_compiled():
             compile_kernel(shape_of(BLOCKS[0]), tile)
 
 
+@pytest.mark.parametrize(
+    "block, tile, dtype",
+    [
+        ((64, 1, 64), FfnTile(2, 64, 2, 1, 1, 1), "float16"),
+        ((72, 2, 32), FfnTile(2, 64, 1, 2, 3, 0), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_resources_of_the_ffn_kernel(block, tile, dtype):
+    """Weights that stay, and a ring of them with slabs of two widths: products are neither repeated nor serialised."""
+    options = ["--ffn-tile", ",".join(map(str, tile.to_ints())), "--dtype", dtype]
+    (row,) = json.loads(run_main("--json", "--block", ",".join(map(str, block)), *options))
+    channels, alpha, size = block
+    shape = match_ffn(ffn(128, size, size, channels, alpha, dtype=dtype))
+    slabs = tile.out_slabs(channels)
+    products = tile.steps(shape.hidden_channels) * (sum(slabs) // 16 + len(slabs) * tile.hidden // 16)
+    assert row["hgmma"] == PARTITIONS * tile.pixels // BLOCK_PIXELS * products
+    assert row["warpgroup"] < row["hgmma"]
+    assert row["stack_bytes"] == 0
+    estimate = ffn_tile.local_memory_bytes(tile, shape, PROCESSORS["h200"])
+    assert 0 <= estimate - row["shared_bytes"] < ffn_tile.COMPILER_BYTES
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 def test_unsupported_blocks_are_refused():
     shape = match_convfirst(convfirst(1, 8, 8, 16, 3, dtype="float32"))
@@ -172,6 +196,7 @@ def test_unsupported_blocks_are_refused():
         (["--block", "64,6,64", "--capability", "7.0"], "compute capability 7.0 is not supported, use one of 8.0"),
         (["--block", "64,6,64", "--tile", "8,16"], "'8,16' does not have the fields of ConvFirstTile"),
         (["--block", "64,6,64", "--hopper-tile", "8"], "'8' does not have the fields of HopperTile, 7"),
+        (["--block", "64,6,64", "--ffn-tile", "8"], "'8' does not have the fields of FfnTile, 6"),
         (
             ["--block", "64,6,64", "--hopper-tile", "64,64,3,2,1,0,1", "--capability", "8.0"],
             "--hopper-tile is for compute capability 9.0 only",

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from fusion import reference
+from fusion.ffn_weights import PackedFfn, unpack_ffn
+from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import COMPUTE_CAPABILITY, HopperTile
-from fusion.planner.match import ConvFirstShape
+from fusion.planner.match import ConvFirstShape, FfnShape
 from fusion.planner.tile import ConvFirstTile
-from fusion.triton_kernels import convfirst, convfirst_hopper
+from fusion.triton_kernels import convfirst, convfirst_hopper, ffn_hopper
 from fusion.tuner import worker
 from fusion.weights import unpack_hopper
 
@@ -56,6 +58,24 @@ def test_a_tile_of_the_hopper_kernel_is_packed_checked_and_timed(changes, monkey
     arguments = asdict(shape(**changes)), "convfirst_hopper", HOPPER_TILE.to_ints()
     assert worker.answer(*arguments, compile_only=False, device=DEVICE)["us"] > 0
     monkeypatch.setattr(convfirst_hopper, "launch", lambda x, weights, project_bias, out, **_: out.zero_())
+    assert worker.answer(*arguments, compile_only=False, device=DEVICE)["failed"].startswith("wrong result: error")
+
+
+def reference_ffn_launch(x, *arguments, hidden_channels, residual, tile):
+    """What the FFN kernel computes, where there is no Hopper GPU."""
+    *packed, out = arguments
+    weights = unpack_ffn(PackedFfn(*packed), tile, x.shape[1], hidden_channels, out.shape[1])
+    out.copy_(reference.ffn(x, *vars(weights).values(), "relu", residual))
+
+
+@pytest.mark.parametrize("out_channels", [24, 40])
+def test_a_tile_of_the_ffn_kernel_is_packed_checked_and_timed(out_channels, monkeypatch):
+    if DEVICE == "cpu" or torch.cuda.get_device_capability() != COMPUTE_CAPABILITY:
+        monkeypatch.setattr(ffn_hopper, "launch", reference_ffn_launch)
+    block = FfnShape(2, 5, 7, 24, 72, out_channels, "relu", out_channels == 24, "float16")
+    arguments = asdict(block), "ffn_hopper", FfnTile(2, 32, 2, 3, 3, 1).to_ints()
+    assert worker.answer(*arguments, compile_only=False, device=DEVICE)["us"] > 0
+    monkeypatch.setattr(ffn_hopper, "launch", lambda *arguments, **_: arguments[-1].zero_())
     assert worker.answer(*arguments, compile_only=False, device=DEVICE)["failed"].startswith("wrong result: error")
 
 

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusion.planner.ffn_tile import BLOCK_PIXELS, PARTITIONS, WARPS, WEIGHT_COLUMNS, FfnTile, FfnWork
+from fusion.planner.ffn_tile import BLOCK_PIXELS, PARTITIONS, WARPS, WEIGHT_COLUMNS, FfnTile
 from fusion.triton_kernels.convfirst_hopper import (
     activate,
     bias_slab,
@@ -49,9 +49,10 @@ from fusion.triton_kernels.convfirst_hopper_layouts import (
 )
 
 SLAB_WIDTHS = (64, 32, 16)
-"""Of each there may be a descriptor of the input, the output and the weights."""
+"""Of slabs: for each there may be a descriptor of the input, the output and the weights."""
 BLOCK = gl.constexpr(BLOCK_PIXELS)
 CREW = gl.constexpr(PARTITIONS)
+"""Partitions of a program."""
 WORKER_REGISTERS = gl.constexpr(240)
 """Of each thread of the second partition; it leaves as many to the first."""
 STEP_BITS = gl.constexpr(30)
@@ -525,7 +526,7 @@ def launch(x, weights, hidden_bias, project_bias, out, *, hidden_channels: int, 
     pixels = batch * height * width
     out_channels = out.shape[1]
     spec = constants(in_channels, hidden_channels, out_channels, residual=residual, tile=tile)
-    work: FfnWork = tile.work(pixels, processor_count(x.device.index))
+    work = tile.work(pixels, processor_count(x.device.index))
     sides = {
         "x": (x, [pixels, in_channels]),
         "out": (out, [pixels, out_channels]),

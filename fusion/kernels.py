@@ -26,7 +26,9 @@ def pack(weights: Weights, tile: Tile, dtype: torch.dtype, device: torch.device 
 
 def packing(tile: Tile) -> tuple[str | int, ...]:
     """What the layout of packed weights depends on: tiles for which it is equal share them."""
-    if isinstance(tile, HopperTile | FfnTile):
+    if isinstance(tile, HopperTile):
+        return family_of(tile).name, tile.hidden, tile.slab
+    if isinstance(tile, FfnTile):
         return family_of(tile).name, tile.hidden
     return family_of(tile).name, tile.hidden, tile.conv_slab
 

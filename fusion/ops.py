@@ -19,9 +19,9 @@ from fusion.op_checks import (
 )
 from fusion.planner import ffn_tile, hopper_tile
 from fusion.planner.ffn_tile import MAX_PIXELS, FfnTile
-from fusion.planner.hopper_tile import COMPUTE_CAPABILITY, HopperTile
+from fusion.planner.hopper_tile import COMPUTE_CAPABILITY, HopperTile, weight_sizes
 from fusion.planner.tile import ConvFirstTile, why_malformed
-from fusion.weights import hopper_sizes, unpack_conv, unpack_hopper
+from fusion.weights import unpack_conv, unpack_hopper
 
 ADDRESS_MULTIPLE = 16
 """Of tensors that the Hopper kernels copy to shared memory, in bytes."""
@@ -160,8 +160,7 @@ def convfirst_hopper(
     """ConvFirst block (section 5.3) with ReLU and groups of 8 channels as one kernel for Hopper GPUs.
 
     `[N, C, H, W] -> [N, K, H, W]`, channels_last. It computes what `fusion::convfirst` does, but rounds the biases to
-    the dtype of `x`, and fp32 sums before biases and the input are added to them. What is not finite reaches a row
-    further than in a convolution, from an image's first or last row to the next image of the batch.
+    the dtype of `x` and adds them in it: the hidden bias to the rounded sums, the output's bias to the input.
 
     Args:
         x: fp16 or bf16 activations. Any other memory format than channels_last, or an address that is no multiple of
@@ -223,8 +222,8 @@ def _check_convfirst_hopper(
 ) -> HopperTile:
     config = tile_from_ints("fusion::convfirst_hopper", HopperTile, tile)
     check_input("fusion::convfirst_hopper", x, out_channels)
-    refuse_malformed("fusion::convfirst_hopper", config, hopper_tile.why_malformed(config))
-    size = sum(hopper_sizes(config, x.shape[1], hidden_channels, out_channels))
+    refuse_malformed("fusion::convfirst_hopper", config, hopper_tile.why_malformed(config, hidden_channels))
+    size = sum(weight_sizes(config, x.shape[1], hidden_channels, out_channels))
     check_weights(
         "fusion::convfirst_hopper",
         x,

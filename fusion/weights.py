@@ -1,11 +1,12 @@
 """Weights of a block: batch norm folded in float64, then packed once into the layout that a kernel reads."""
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor, nn
 
-from fusion.planner.hopper_tile import CONV_ELEMENTS, GROUP_WIDTH, HopperTile
+from fusion.planner.hopper_tile import ATOM_ELEMENTS, GROUP_WIDTH, WEIGHT_COLUMNS, HopperTile, weight_sizes
 from fusion.planner.tile import ConvFirstTile
 
 
@@ -113,20 +114,26 @@ class ConvFirstWeights:
                 f"weights cannot be packed for {tile!r}: groups of {self.group_width} channels are not supported, "
                 f"only of {GROUP_WIDTH}; use a ConvFirstTile"
             )
-        ins, outs = sum(tile.in_slabs(self.in_channels)), sum(tile.out_slabs(self.out_channels))
+        in_slabs, out_slabs = tile.in_slabs(self.in_channels), tile.out_slabs(self.out_channels)
+        ins, outs = sum(in_slabs), sum(out_slabs)
         steps, hidden = tile.steps(self.hidden_channels), tile.padded_hidden(self.hidden_channels)
-        expand = _padded(self.expand.T, ins, hidden).reshape(ins, steps, tile.hidden)
+        expand = _padded(self.expand.T, ins, hidden).reshape(ins, steps, tile.hidden).transpose(0, 1)
         project = _padded(self.project.T, hidden, outs).reshape(steps, tile.hidden, outs)
-        matrices = [expand.transpose(0, 1), *project.split(tile.out_slabs(self.out_channels), dim=2)]
+        unit = tile.unit(self.out_channels)
+        chunk = (
+            *expand.split(in_slabs, dim=1),
+            *(_by_quads(slab, 4, unit // 8) for slab in project.split(out_slabs, dim=2)),
+        )
         # A product's sums lie in quads of threads, each with two neighbours of every eight: [steps, 4, hidden / 8, 2].
         bias = _padded(self.expand_bias[None], 1, hidden).reshape(steps, -1, 4, 2).transpose(1, 2)
         weights = torch.cat(
             [
-                _conv_products(self.conv).flatten(),
-                torch.cat([matrix.flatten(1) for matrix in matrices], dim=1).flatten(),
+                _conv_taps(self.conv).flatten(),
+                torch.cat([_in_atoms(_swizzled(matrix)) for matrix in chunk], dim=1).flatten(),
                 bias.flatten(),
             ]
         )
+        weights = torch.cat([weights, weights.new_zeros(-len(weights) % WEIGHT_COLUMNS)])
         project_bias = _padded(self.project_bias[None], 1, outs)[0]
         # By way of the CPU: the kernel may start before the kernel ahead of it in the stream has finished, which must
         # not be one that writes weights. Copies from the CPU are none.
@@ -183,11 +190,11 @@ def unpack_conv(packed: Tensor, slabs: tuple[int, ...], channels: int, group_wid
 class PackedHopper:
     """Weights as the Hopper kernel reads them, padded to slabs and to steps of the tile.
 
-    `weights` is flat, matrices row by row. For each group of the convolution `[96, 16]`: input rows y - 1 to y + 2 in
-    two pairs, each `[3 columns, 2 rows, 8 channels]`, to output rows y and y + 1, each 8 channels. For each step of the
-    hidden channels `expand` `[slab in, hidden]` of every input slab, then `project` `[hidden, slab out]` of every
-    output slab. At last the hidden bias of each step, permuted as the threads hold it. `project_bias` is fp32
-    `[K padded]`.
+    `weights` is flat. First the convolution's taps, for every piece of two groups `[3 columns, 3 rows, 16 out, 16 in]`,
+    the last row first. Then a chunk for each step of the hidden channels: `expand` `[slab in, hidden]` of every input
+    slab and `project` `[hidden, slab out]` of every output slab, as shared memory holds them, and each with zeros up to
+    a multiple of 512 elements. At last the hidden bias of each step, permuted as the threads hold it, and zeros up to a
+    multiple of 64 elements. `project_bias` is fp32 `[K padded]`.
     """
 
     weights: Tensor
@@ -198,44 +205,73 @@ class PackedHopper:
         return self.weights, self.project_bias
 
 
-def hopper_sizes(tile: HopperTile, in_channels: int, hidden_channels: int, out_channels: int) -> tuple[int, int, int]:
-    """Elements of `PackedHopper.weights`: convolution, expand and project, hidden bias."""
-    channels = sum(tile.in_slabs(in_channels)) + sum(tile.out_slabs(out_channels))
-    hidden = tile.padded_hidden(hidden_channels)
-    return in_channels // GROUP_WIDTH * CONV_ELEMENTS, hidden * channels, hidden
-
-
 def unpack_hopper(
     packed: Tensor, tile: HopperTile, in_channels: int, hidden_channels: int, out_channels: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`conv` `[C, 8, 3, 3]`, `expand` `[hidden, C]`, `expand_bias` `[hidden]`, `project` `[K, hidden]`, back from
     `PackedHopper.weights`."""
-    conv, matrices, bias = packed.split(hopper_sizes(tile, in_channels, hidden_channels, out_channels))
-    # [groups, pair, column, row, in, output row, out] -> [groups, out, in, dy, dx] of the first output row
-    rows = conv.reshape(-1, 2, 3, 2, 8, 2, 8)[..., 0, :].permute(0, 5, 4, 1, 3, 2).reshape(-1, 8, 8, 4, 3)
-    steps, ins = tile.steps(hidden_channels), sum(tile.in_slabs(in_channels))
-    slabs = tile.out_slabs(out_channels)
-    expand, *project = matrices.reshape(steps, -1).split([tile.hidden * slab for slab in (ins, *slabs)], dim=1)
-    expand = expand.reshape(steps, ins, tile.hidden).transpose(1, 2).flatten(0, 1)
-    project = torch.cat([part.reshape(steps * tile.hidden, -1) for part in project], dim=1)
+    conv, chunks, bias, _ = packed.split(weight_sizes(tile, in_channels, hidden_channels, out_channels))
+    steps, in_slabs = tile.steps(hidden_channels), tile.in_slabs(in_channels)
+    matrices, chunks, start = [], chunks.reshape(steps, -1), 0
+    for rows, columns in tile.chunk_shapes(in_channels, out_channels):
+        matrix = chunks[:, start : start + rows * columns].reshape(steps, rows, columns)
+        matrices.append(_swizzled(matrix))  # which undoes itself
+        start += ceil(rows * columns / ATOM_ELEMENTS) * ATOM_ELEMENTS
+    expand = torch.cat(matrices[: len(in_slabs)], dim=1).transpose(1, 2).flatten(0, 1)
+    unit = tile.unit(out_channels)
+    project = torch.cat([_by_quads(matrix, unit // 8, 4) for matrix in matrices[len(in_slabs) :]], dim=2).flatten(0, 1)
     bias = bias.reshape(steps, 4, -1, 2).transpose(1, 2).flatten()
     return (
-        rows[:, :, :, :3].reshape(in_channels, 8, 3, 3),
+        _conv_of_taps(conv.reshape(-1, 3, 3, 16, 16))[:in_channels],
         expand[:hidden_channels, :in_channels],
         bias[:hidden_channels],
         project[:hidden_channels, :out_channels].T,
     )
 
 
-def _conv_products(conv: Tensor) -> Tensor:
-    """`[groups, 96, 16]`: four input rows at three columns to two output rows."""
-    # [groups, out, in, dy, dx] -> [groups, dy, dx, in, out]
-    taps = conv.reshape(-1, 8, 8, 3, 3).permute(0, 3, 4, 2, 1)
-    products = conv.new_zeros(len(taps), 4, 3, 8, 2, 8)
-    for row in range(2):
-        products[:, row : row + 3, :, :, row] = taps
-    # [groups, pair, row, column, in, output row, out] -> [groups, pair, column, row, in, output row, out]
-    return products.reshape(-1, 2, 2, 3, 8, 2, 8).transpose(2, 3).reshape(-1, 96, 16)
+def _conv_taps(conv: Tensor) -> Tensor:
+    """`[pieces, 3 columns, 3 rows, 16 out, 16 in]`, the last row first: pieces of two groups, zero between them."""
+    # [groups, out, in, dy, dx] -> [groups, dx, dy, out, in]
+    taps = conv.reshape(-1, 8, 8, 3, 3).permute(0, 4, 3, 1, 2).flip(2)
+    pieces = conv.new_zeros(ceil(len(taps) / 2), 3, 3, 16, 16)
+    pieces[:, :, :, :8, :8] = taps[0::2]
+    pieces[: len(taps) // 2, :, :, 8:, 8:] = taps[1::2]
+    return pieces
+
+
+def _conv_of_taps(pieces: Tensor) -> Tensor:
+    """What `_conv_taps` was made of, `[C, 8, 3, 3]` with C padded to whole pieces."""
+    groups = torch.stack([pieces[..., :8, :8], pieces[..., 8:, 8:]], dim=1).flatten(0, 1)
+    return groups.flip(2).permute(0, 3, 4, 2, 1).flatten(0, 1)
+
+
+def _by_quads(project: Tensor, a: int, b: int) -> Tensor:
+    """`[steps, hidden, units x a x b x 2]` as `[steps, hidden, units x b x a x 2]`.
+
+    Of a product's sums a thread of a quad has columns 2 q and 2 q + 1 of every 8. With the columns of each unit
+    permuted so (a = 4, b = unit / 8) it has neighbouring channels.
+    """
+    steps, hidden, channels = project.shape
+    return project.reshape(steps, hidden, -1, a, b, 2).transpose(3, 4).reshape(steps, hidden, channels)
+
+
+def _swizzled(matrices: Tensor) -> Tensor:
+    """`[count, rows, columns]` as shared memory holds them for products: pieces of 8 elements in another order.
+
+    Of 16, 32 or 64 columns, 32, 64 or 128 bytes. The pieces' order changes from one 128 bytes to the next.
+    """
+    count, rows, columns = matrices.shape
+    pieces = columns // 8
+    row = torch.arange(rows, device=matrices.device)
+    order = torch.arange(pieces, device=matrices.device)[None] ^ (row * columns // 64 % pieces)[:, None]
+    index = order[None, :, :, None].expand(count, -1, -1, 8)
+    return matrices.reshape(count, rows, pieces, 8).gather(2, index).reshape(count, rows, columns)
+
+
+def _in_atoms(matrices: Tensor) -> Tensor:
+    """`[count, elements]`, a whole number of atoms."""
+    flat = matrices.flatten(1)
+    return torch.cat([flat, flat.new_zeros(len(flat), -flat.shape[1] % ATOM_ELEMENTS)], dim=1)
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:

@@ -73,8 +73,8 @@ def test_weights_are_packed_once_for_each_layout(fold, block):
 def test_the_type_of_the_tile_says_which_kernel_runs(fold, block):
     tiles = {
         5: ConvFirstTile(4, 8, 16, 16, 1),
-        6: HopperTile(64, 16, 3, 1, 1, 0, 1),
-        7: HopperTile(64, 16, 4, 2, 1, 1, 1),
+        6: HopperTile(64, 16, 3, 1, 1, 32, 0),
+        7: HopperTile(128, 16, 4, 2, 1, 32, 0),
     }
     fused = FusedConvFirst(
         fold(block),

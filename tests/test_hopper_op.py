@@ -5,7 +5,8 @@ from fusion import ops
 from fusion.planner.hopper_tile import HopperTile
 from fusion.reference import convfirst as reference
 
-TILE = HopperTile(64, 32, 3, 1, 1, 0, 1)
+TILE = HopperTile(64, 32, 3, 1, 1, 32, 0)
+STREAMED = HopperTile(64, 32, 2, 2, 1, 16, 2)
 HAS_GPU = torch.cuda.is_available()
 IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 runs = pytest.mark.skipif(HAS_GPU and not IS_HOPPER, reason="this GPU is not of compute capability 9.0")
@@ -15,8 +16,8 @@ runs = pytest.mark.skipif(HAS_GPU and not IS_HOPPER, reason="this GPU is not of 
 def arguments(device, random_weights):
     """`(**changes) -> dict` of the operator's arguments for a block with 24 input, 40 hidden, 24 output channels."""
 
-    def make(dtype=torch.float16, out_channels=24, **changes):
-        packed = random_weights(24, 40, out_channels).pack_hopper(TILE, dtype, device)
+    def make(dtype=torch.float16, out_channels=24, tile=TILE, **changes):
+        packed = random_weights(24, 40, out_channels).pack_hopper(tile, dtype, device)
         torch.manual_seed(0)
         return {
             "x": torch.randn(2, 24, 5, 7).to(device, dtype),
@@ -25,7 +26,7 @@ def arguments(device, random_weights):
             "hidden_channels": 40,
             "out_channels": out_channels,
             "residual": out_channels == 24,
-            "tile": TILE.to_ints(),
+            "tile": tile.to_ints(),
             **changes,
         }
 
@@ -33,19 +34,20 @@ def arguments(device, random_weights):
 
 
 @runs
-@pytest.mark.parametrize("changes", [{}, {"out_channels": 16}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"out_channels": 16}, {"tile": STREAMED}], ids=str)
 def test_opcheck(changes, arguments):
     torch.library.opcheck(torch.ops.fusion.convfirst_hopper.default, tuple(arguments(**changes).values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("out_channels", [24, 72])
-def test_cpus_compute_the_reference(out_channels, dtype, random_weights):
+@pytest.mark.parametrize("tile", [TILE, STREAMED, HopperTile(128, 16, 2, 1, 3, 64, 0)], ids=str)
+def test_cpus_compute_the_reference(tile, out_channels, dtype, random_weights):
     weights = random_weights(24, 40, out_channels)
     torch.manual_seed(0)
     x = torch.randn(2, 24, 5, 7).to(dtype)
-    packed, residual = weights.pack_hopper(TILE, dtype, "cpu").tensors(), out_channels == 24
-    out = ops.convfirst_hopper(x, *packed, 40, out_channels, residual, TILE.to_ints())
+    packed, residual = weights.pack_hopper(tile, dtype, "cpu").tensors(), out_channels == 24
+    out = ops.convfirst_hopper(x, *packed, 40, out_channels, residual, tile.to_ints())
     expected = reference(
         x.contiguous(memory_format=torch.channels_last),
         weights.conv,
@@ -120,9 +122,14 @@ ERRORS = [
         r"tile must be the 7 integers of HopperTile.to_ints\(\), got \[64, 32\]",
     ),
     (
-        lambda k: {"tile": HopperTile(64, 32, 2, 1, 1, 0, 1).to_ints()},
+        lambda k: {"tile": HopperTile(64, 32, 5, 1, 1, 32, 0).to_ints()},
         ValueError,
-        "cannot run: 2 pairs of rows are too few.*take the tile of a plan",
+        "cannot run: stages=5 is not one of 2, 3, 4.*take the tile of a plan",
+    ),
+    (
+        lambda k: {"tile": HopperTile(64, 32, 2, 2, 1, 32, 3).to_ints()},
+        ValueError,
+        "cannot run: weight_chunks=3 does not go with 2 steps over the hidden channels, use 2 to 2, or 0",
     ),
     (
         lambda k: {"x": torch.empty(1).expand(1, 24, 2**14, 2**13)},
@@ -137,7 +144,7 @@ ERRORS = [
         r"weights must be a contiguous \[7744\] for 24 input, 40 hidden and 16 output.*got shape \[8768\]",
     ),
     (
-        lambda k: {"tile": HopperTile(64, 64, 3, 1, 1, 0, 1).to_ints(), "hidden_channels": 65},
+        lambda k: {"tile": HopperTile(64, 64, 3, 1, 1, 32, 0).to_ints(), "hidden_channels": 65},
         ValueError,
         r"weights must be a contiguous \[12928\].*pack the weights for this tile with .*pack_hopper",
     ),

@@ -8,7 +8,7 @@ from fusion.planner.tile import ConvFirstTile
 from fusion.reference import convfirst as reference
 from fusion.weights import PackedConvFirst, PackedHopper
 
-PORTABLE, HOPPER = ConvFirstTile(4, 8, 32, 32, 2), HopperTile(64, 32, 3, 1, 1, 0, 1)
+PORTABLE, HOPPER = ConvFirstTile(4, 8, 32, 32, 2), HopperTile(64, 32, 3, 1, 1, 32, 0)
 SIZES = {"hidden_channels": 40, "out_channels": 24, "group_width": 8, "residual": True}
 
 
@@ -29,7 +29,12 @@ def test_every_tile_runs_its_kernel(tile, packed_type, random_weights):
 def test_tiles_of_equal_packing_share_weights(random_weights):
     tiles = [
         *(ConvFirstTile(4, 8, hidden, slab, warps) for hidden in (16, 32) for slab in (16, 32) for warps in (1, 2)),
-        *(HopperTile(pixels, hidden, 3, 1, 1, 0, 1) for pixels in (64, 128) for hidden in (16, 32, 64)),
+        *(
+            HopperTile(64, hidden, 3, 2, 1, slab, chunks)
+            for hidden in (32, 64)
+            for slab in (16, 32)
+            for chunks in (0, 2)
+        ),
     ]
     weights = random_weights(24, 40)
     packed = [kernels.pack(weights, tile, torch.float32, "cpu").tensors() for tile in tiles]
@@ -37,7 +42,7 @@ def test_tiles_of_equal_packing_share_weights(random_weights):
         for other, others in zip(tiles, packed, strict=True):
             if kernels.packing(tile) == kernels.packing(other):
                 assert all(map(torch.equal, tensors, others))
-    assert len({kernels.packing(tile) for tile in tiles}) == 4 + 3
+    assert len({kernels.packing(tile) for tile in tiles}) == 4 + 4
 
 
 def test_the_portable_kernel_is_launched(device, random_weights):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from fusion.planner.hopper_tile import HopperTile, weight_bytes
+from fusion.planner.hopper_tile import HopperTile, weight_bytes, weight_sizes
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.tile import ConvFirstTile
-from fusion.weights import ConvFirstWeights, fold_batch_norm, hopper_sizes, unpack_conv, unpack_hopper
+from fusion.weights import ConvFirstWeights, fold_batch_norm, unpack_conv, unpack_hopper
 
 
 def random_batch_norm(channels, **options):
@@ -115,7 +115,7 @@ def test_slabs_that_split_groups_are_refused(random_weights):
         random_weights(32, 64, group_width=32).pack(ConvFirstTile(4, 8, 32, 16, 1), torch.float16, "cpu")
 
 
-HOPPER_TILES = [HopperTile(64, hidden, 3, 1, 1, 0, 1) for hidden in (16, 32, 64)]
+HOPPER_TILES = [HopperTile(64, hidden, 3, 1, 1, slab, 0) for hidden in (16, 32, 64) for slab in (16, 64)]
 
 
 @pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
@@ -125,14 +125,15 @@ def test_packing_for_hopper_can_be_undone(channels, out_channels, tile, random_w
     weights = random_weights(channels, 40, out_channels)
     packed = weights.pack_hopper(tile, torch.float64, "cpu")
     sizes = channels, 40, weights.out_channels
-    assert packed.weights.shape == (sum(hopper_sizes(tile, *sizes)),)
+    assert packed.weights.shape == (sum(weight_sizes(tile, *sizes)),)
+    assert packed.weights.numel() % 64 == 0, "rows that TMA reads"
     conv, expand, expand_bias, project = unpack_hopper(packed.weights, tile, *sizes)
     assert torch.equal(conv, weights.conv)
     assert torch.equal(expand, weights.expand)
     assert torch.equal(expand_bias, weights.expand_bias)
     assert torch.equal(project, weights.project)
-    # The convolution is there for both output rows; all else is zero.
-    tensors = (weights.conv, weights.conv, weights.expand, weights.expand_bias, weights.project)
+    # Nothing is there twice; all else is zero.
+    tensors = (weights.conv, weights.expand, weights.expand_bias, weights.project)
     assert packed.weights.count_nonzero() == sum(tensor.count_nonzero() for tensor in tensors)
     assert packed.project_bias.shape == (sum(tile.out_slabs(weights.out_channels)),)
     assert torch.equal(packed.project_bias[: weights.out_channels], weights.project_bias.float())
@@ -141,32 +142,26 @@ def test_packing_for_hopper_can_be_undone(channels, out_channels, tile, random_w
 
 @pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
 def test_the_planner_counts_the_bytes_that_are_packed(tile, random_weights):
-    """The kernel keeps the output's bias in 16 bits."""
+    """The kernel keeps the output's bias in 16 bits, and not what pads the weights."""
     shape = ConvFirstShape(1, 8, 8, 72, 100, 40, 8, "relu", False, "float16")
     packed = random_weights(72, 100, 40).pack_hopper(tile, torch.float16, "cpu")
-    assert packed.weights.nbytes + packed.project_bias.nbytes // 2 == weight_bytes(tile, shape)
+    padding = 2 * weight_sizes(tile, 72, 100, 40)[-1]
+    assert packed.weights.nbytes - padding + packed.project_bias.nbytes // 2 == weight_bytes(tile, shape)
 
 
-def test_a_packed_group_is_a_product_to_two_output_rows(random_weights):
-    """`[96, 16]` from two pairs of input rows, three columns, two rows, 8 channels, against F.conv2d."""
-    weights, groups = random_weights(24, 16), 3
+def test_packed_taps_are_products_of_shifted_rows(random_weights):
+    """Pieces of two groups, three columns, three rows from the last to the first, against F.conv2d."""
+    weights, pieces = random_weights(24, 16), 2
     packed = weights.pack_hopper(HOPPER_TILES[0], torch.float64, "cpu")
-    matrices = packed.weights[: groups * 96 * 16].reshape(groups, 96, 16)
+    taps = packed.weights[: pieces * 9 * 16 * 16].reshape(pieces, 3, 3, 16, 16)
     torch.manual_seed(0)
-    x = torch.randn(1, 24, 4, 9, dtype=torch.float64)
-    y = nn.functional.conv2d(x, weights.conv, padding=(0, 1), groups=groups)[0]  # [24, 2 rows, 9]
-    padded = nn.functional.pad(x[0], (1, 1))
-    for group, matrix in enumerate(matrices):
-        channels = slice(8 * group, 8 * group + 8)
-        for column in range(9):
-            window = [
-                padded[channels, 2 * pair + row, column + dx]
-                for pair in range(2)
-                for dx in range(3)
-                for row in range(2)
-            ]
-            rows = torch.cat(window) @ matrix
-            torch.testing.assert_close(rows, y[channels, :, column].T.flatten(), rtol=1e-12, atol=1e-12)
+    x = torch.randn(1, 24, 3, 9, dtype=torch.float64)
+    y = nn.functional.conv2d(x, weights.conv, padding=(0, 1), groups=3)[0, :, 0]  # [24, 9]
+    padded = nn.functional.pad(x[0], (1, 1, 0, 0, 0, 8)).reshape(pieces, 16, 3, 11)
+    found = sum(
+        taps[:, dx, 2 - dy] @ padded[:, :, dy, dx : dx + 9] for dx in range(3) for dy in range(3)
+    )  # [pieces, 16, 9]
+    torch.testing.assert_close(found.reshape(32, 9)[:24], y, rtol=1e-12, atol=1e-12)
 
 
 def test_matrices_packed_for_hopper_by_hand():
@@ -175,16 +170,50 @@ def test_matrices_packed_for_hopper_by_hand():
     project = -torch.arange(48 * 40, dtype=torch.float64).reshape(48, 40) - 1
     bias = torch.arange(40, dtype=torch.float64) + 0.5
     weights = ConvFirstWeights(torch.zeros(24, 8, 3, 3), expand, bias, project, torch.zeros(48))
-    tile = HopperTile(64, 32, 3, 1, 1, 0, 1)
-    packed = weights.pack_hopper(tile, torch.float64, "cpu").weights[3 * 96 * 16 :]
+    tile = HopperTile(64, 32, 3, 1, 1, 32, 0)
+    packed = weights.pack_hopper(tile, torch.float64, "cpu").weights[2 * 9 * 16 * 16 :]
     step = packed[: 2 * 32 * (32 + 48)].reshape(2, -1)[1]  # hidden channels 32 to 63
     u, v0, v1 = (part.reshape(32, -1) for part in step.split([32 * 32, 32 * 32, 32 * 16]))
-    assert u[5, 7] == expand[32 + 7, 5] and not u[24:].any() and not u[:, 8:].any()
-    assert v0[7, 31] == project[31, 32 + 7] and v1[7, 15] == project[47, 32 + 7] and not v0[8:].any()
-    threads = packed[-64:-32].reshape(
-        4, 4, 2
-    )  # [thread of a quad, eight columns, neighbours] of hidden channels 0 to 31
+    # Eight neighbours stay together. In rows of 64 bytes their place is xored by half of the row, in those of 32 bytes
+    # by a fourth.
+    assert u[5, (0 ^ 5 // 2 % 4) * 8 + 7] == expand[32 + 7, 5]
+    assert u[:24].count_nonzero() == u.count_nonzero() == 24 * 8
+    # Output channels in units of 16, 4 x 2 x 2 of them as 2 x 4 x 2.
+    assert tile.unit(48) == 16
+    channel, column = 16 + 4 * 3 + 2 * 1 + 1, 16 + 8 * 1 + 2 * 3 + 1
+    assert v0[7, (column // 8 ^ 7 // 2 % 4) * 8 + column % 8] == project[channel, 32 + 7]
+    assert v1[5, (1 ^ 5 // 4 % 2) * 8 + 7] == project[32 + 15, 32 + 5]
+    assert not v0[8:].any() and not v1[8:].any()
+    # [thread of a quad, eight columns, neighbours] of hidden channels 0 to 31
+    threads = packed[2 * 32 * (32 + 48) :][:32].reshape(4, 4, 2)
     assert threads[2, 3].tolist() == [8 * 3 + 2 * 2 + 0.5, 8 * 3 + 2 * 2 + 1.5]
+
+
+@pytest.mark.parametrize("columns", [16, 32, 64])
+def test_chunks_are_swizzled_as_products_read_them(columns):
+    """16 bytes at address a of a matrix are where a has bits 4 and up xored by bits 7 and up."""
+    weights = ConvFirstWeights(
+        torch.zeros(64, 8, 3, 3),
+        torch.arange(columns * 64.0).reshape(columns, 64),
+        *map(torch.zeros, (columns, (8, columns), 8)),
+    )
+    packed = weights.pack_hopper(HopperTile(64, columns, 2, 1, 1, 16, 0), torch.float64, "cpu").weights
+    chunk = packed[4 * 9 * 16 * 16 :][: 64 * columns]
+    for row, column in ((0, 0), (3, 9), (21, columns - 1), (63, 5)):
+        address = 2 * (row * columns + column)
+        address ^= (address >> 7) % (columns // 8) << 4
+        assert chunk[address // 2] == weights.expand[column, row]
+
+
+def test_short_matrices_are_padded_to_atoms(random_weights):
+    """16 x 16 elements of each of expand and project take 512."""
+    tile = HopperTile(64, 16, 3, 1, 1, 16, 0)
+    weights = random_weights(16, 16)
+    packed = weights.pack_hopper(tile, torch.float64, "cpu").weights
+    assert weight_sizes(tile, 16, 16, 16) == (9 * 16 * 16, 2 * 512, 16, 48)
+    expand, project = packed[9 * 16 * 16 :][:1024].reshape(2, 512)
+    assert expand[:256].all() and not expand[256:].any()
+    assert project[:256].all() and not project[256:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

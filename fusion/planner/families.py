@@ -61,7 +61,7 @@ HOPPER = KernelFamily(
     estimated_registers=hopper_tile.estimated_registers,
     programs_per_processor=hopper_tile.programs_per_processor,
     pixel_tile=lambda tile, shape: (hopper_tile.JOB_ROWS, tile.tile_width(shape.width)),
-    design=lambda tile: (tile.pixels, tile.hidden, tile.partitions, tile.warp_products),
+    design=lambda tile: (tile.pixels, tile.hidden, tile.partitions, tile.weight_chunks > 0),
 )
 
 PORTABLE = KernelFamily(

@@ -2,51 +2,65 @@
 
 The images of a batch are one tall image of *virtual rows*: H rows each and a row of zeros after them, which is the
 padding below one image and above the next. Programs stay on their processor and walk down it, two rows at a time.
+Where images are narrow the batch is cut into *streams*, tall images that lie side by side.
 `why_invalid` is the one judge of validity, for the planner's choice and for the tuner's candidates.
 """
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from math import ceil
 
 from fusion.planner import tile as portable
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.processor import Processor
-from fusion.planner.slabs import slab_widths
+from fusion.planner.slabs import NARROWEST, slab_widths
 
 COMPUTE_CAPABILITY = (9, 0)
 GROUP_WIDTH = 8
 PIXELS = (64, 128)
 HIDDEN = (16, 32, 64)
-MIN_STAGES = 2
+STAGES = (2, 3, 4)
 """Of a ring: a convolution needs two pairs of rows."""
-MIN_BULK_STAGES = 3
-"""With bulk loads, which bring the next pair meanwhile."""
-SWITCHES = ("warp_products", "bulk_loads")
 PARTITIONS = (1, 2)
+SLABS = (16, 32, 64)
+STREAMED_HIDDEN = (32, 64)
+MIN_CHUNKS = 2
+"""Of streamed weights: a chunk is replaced while the next one is used."""
 WARPS = 4
 """Warps of a partition: a warpgroup, whose matrix products are Hopper's widest."""
 WIDEST_SLAB = 64
-NARROWEST_STREAM = 8
-"""Least pixels of a row that lie side by side with rows of other streams."""
+"""Of the slabs that the FFN contracts and accumulates."""
+WIDEST_UNIT = 32
+PIECE = NARROWEST
+"""Channels that the convolution computes together: two groups."""
+PIECE_ELEMENTS = 9 * PIECE * PIECE
+"""Weights of a piece: nine taps, zeros between its groups."""
+ATOM_ELEMENTS = 8 * WIDEST_SLAB
+"""What every matrix of a chunk is rounded up to a multiple of: the pattern of the widest swizzle."""
+WEIGHT_COLUMNS = 64
+"""What packed weights are rounded up to a multiple of: TMA reads them as rows."""
+MOST_STREAMS = 8
+"""A column's neighbour is as many pixels away, and before every row there are zeros for 8."""
 JOB_ROWS = 2
 """Rows of a stream that a partition computes together."""
-CONV_ELEMENTS = 96 * 16
-"""Weights of a group: two output rows of 8 channels, from four input rows, three columns and 8 channels."""
-RING_MARGIN = 16 * 8
-"""Elements of a ring before and after its rows: neighbours of the first and of the last pixel."""
 BARRIER_BYTES = 8
-"""Of each stage of a ring that TMA fills."""
-SLAB_SCRATCH_BYTES = {16: 2048, 32: 2304, 64: 4864}
-HIDDEN_SCRATCH_BYTES = {16: 2048, 32: 2304, 64: 2816}
-"""Shared memory that the compiler takes for changes of layout in a partition: the larger of what its widest output
-slab and its hidden channels need. For two partitions it takes less than that for each."""
+BARRIER_ALIGNMENT = 16
+PATTERN_ROWS = 8
+"""Of the swizzle: buffers start at multiples of so many rows."""
+PARTITION_BYTES = 256
+"""Shared memory that the compiler takes for what it passes to the second partition, at most."""
 RESERVED_BYTES = 1024
 """Shared memory that the hardware takes for every program; a processor has as much more than a program may use."""
 BLOCK_PIXELS = 16 * WARPS
 """Pixels that a warpgroup's product has as rows; a partition with more computes them one block after the other."""
-BLOCK_REGISTERS = 24
-"""Of each thread, for every block of pixels after the first."""
+REGISTERS = 65536
+"""Of a processor."""
+REGISTER_MULTIPLE = 8
+"""What a thread gets is a multiple of it."""
+PARTITION_REGISTERS = 240
+"""Of each thread where a program has two partitions, which take all registers of a processor."""
+OTHER_REGISTERS = 26
+"""Of each thread, for anything but sums and operands: addresses, mostly."""
 MAX_ROWS = 2**30
 MAX_JOBS = 2**20
 """Virtual rows, and jobs of a stream, that the kernel can count."""
@@ -54,22 +68,26 @@ MAX_JOBS = 2**20
 
 @dataclass(frozen=True)
 class HopperWork:
-    """Division of a batch: `rows` virtual rows in all, `jobs` of two rows for every stream, `grid` programs."""
+    """Division of a batch: `rows` virtual rows of every stream, `jobs` of two rows for every run, `grid` programs.
+
+    `streams` of them walk down the images side by side, the first of each `images` after the one before's.
+    """
 
     rows: int
     jobs: int
     grid: int
+    images: int
+    streams: int
 
 
 @dataclass(frozen=True)
 class HopperTile:
     """One way to run the Hopper variant of the ConvFirst kernel.
 
-    Each of the `partitions` of a program, a warpgroup, computes `pixels` pixels of a row together, `hidden` of the
-    hidden channels at a time; all share the weights, which stay in shared memory. `stages` pairs of input rows are
-    there at a time, for each partition. `programs` run on a processor at once. With `warp_products` 1, a warp each
-    computes the products of the FFN; with 0, a warpgroup. With `bulk_loads` 1, TMA brings the input, in pieces of 16
-    bytes; with 0, threads load it in wider ones.
+    Each of the `partitions` of a program, a warpgroup, has `stages` pairs of input rows of `pixels` pixels in its ring,
+    in slabs of `slab` channels. It computes them in blocks of 64 pixels, one after the other, and `hidden` of the
+    hidden channels in a step. All partitions share the weights, which stay in shared memory; or with `weight_chunks`,
+    those of so many steps are there at a time and come from L2 for every job. `programs` run on a processor at once.
     """
 
     pixels: int
@@ -77,14 +95,21 @@ class HopperTile:
     stages: int
     partitions: int
     programs: int
-    warp_products: int
-    bulk_loads: int
+    slab: int
+    weight_chunks: int
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), int(field.name not in SWITCHES)
+            value, least = getattr(self, field.name), int(field.name != "weight_chunks")
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"HopperTile: {field.name} must be an integer of {least} or more, got {value!r}")
+
+    @property
+    def register_limit(self) -> int | None:
+        """Registers a thread with which `programs` fit on a processor; None if the compiler needs no limit."""
+        threads = self.programs * self.partitions * WARPS * portable.WARP_SIZE
+        limit = REGISTERS // threads // REGISTER_MULTIPLE * REGISTER_MULTIPLE
+        return limit if limit < portable.MAX_REGISTERS else None
 
     def in_slabs(self, in_channels: int) -> tuple[int, ...]:
         """Slabs that the expansion contracts."""
@@ -102,9 +127,24 @@ class HopperTile:
         """Hidden channels that the kernel computes: whole steps of the loop."""
         return self.steps(hidden_channels) * self.hidden
 
+    def chunk_shapes(self, in_channels: int, out_channels: int) -> tuple[tuple[int, int], ...]:
+        """Matrices of a chunk, the weights of a step: expand [slab in, hidden], then project [hidden, slab out]."""
+        expand = ((slab, self.hidden) for slab in self.in_slabs(in_channels))
+        project = ((self.hidden, slab) for slab in self.out_slabs(out_channels))
+        return (*expand, *project)
+
+    def chunk_elements(self, in_channels: int, out_channels: int) -> int:
+        """Weights of a step, every matrix of it rounded up to whole atoms."""
+        atoms = (ceil(rows * columns / ATOM_ELEMENTS) for rows, columns in self.chunk_shapes(in_channels, out_channels))
+        return ATOM_ELEMENTS * sum(atoms)
+
+    def unit(self, out_channels: int) -> int:
+        """Output channels of which each thread of a quad stores a fourth: neighbours, as wide as it can."""
+        return min(WIDEST_UNIT, self.slab, *self.out_slabs(out_channels))
+
     def streams(self, width: int) -> int:
         """Runs of rows that a partition computes side by side, more than one where images are narrow."""
-        return max(1, self.pixels // max(NARROWEST_STREAM, 1 << (width - 1).bit_length()))
+        return max(1, min(MOST_STREAMS, self.pixels >> (width - 1).bit_length()))
 
     def tile_width(self, width: int) -> int:
         """Pixels of a row that a stream computes together, those beyond the image's right edge included."""
@@ -117,12 +157,14 @@ class HopperTile:
 
     def work(self, batch: int, height: int, width: int, processors: int) -> HopperWork:
         """Division of `batch` images of `height x width` pixels over a GPU of `processors` multiprocessors."""
-        rows = batch * (height + 1)
-        streams, strips = self.partitions * self.streams(width), self.strips(width)
-        runs = max(1, processors * self.programs * streams // strips)
+        streams, strips = min(self.streams(width), batch), self.strips(width)
+        images = batch // streams
+        # The last streams overlap where the batch is not divisible: both compute the same images.
+        rows = (batch - (streams - 1) * images) * (height + 1)
+        runs = max(1, processors * self.programs * self.partitions // strips)
         jobs = ceil(rows / (JOB_ROWS * runs))
         runs = ceil(rows / (JOB_ROWS * jobs))
-        return HopperWork(rows, jobs, ceil(runs * strips / streams))
+        return HopperWork(rows, jobs, ceil(runs * strips / self.partitions), images, streams)
 
     def to_ints(self) -> list[int]:
         """The fields in order, for operators and files that take integers only; `HopperTile(*ints)` undoes it."""
@@ -138,15 +180,29 @@ def why_unsupported(shape: ConvFirstShape) -> str | None:
     return portable.why_unsupported(shape)
 
 
-def why_malformed(tile: HopperTile) -> str | None:
-    """Why the kernel runs no block with this tile; None if it may."""
-    choices = {"pixels": PIXELS, "hidden": HIDDEN, "partitions": PARTITIONS, **dict.fromkeys(SWITCHES, (0, 1))}
+def why_malformed(tile: HopperTile, hidden_channels: int) -> str | None:
+    """Why the kernel runs no block of so many hidden channels with this tile; None if it may."""
+    choices = {"pixels": PIXELS, "hidden": HIDDEN, "stages": STAGES, "partitions": PARTITIONS, "slab": SLABS}
     for name, values in choices.items():
         if getattr(tile, name) not in values:
             return f"{name}={getattr(tile, name)} is not one of {', '.join(map(str, values))}"
-    least = MIN_BULK_STAGES if tile.bulk_loads else MIN_STAGES
-    if tile.stages < least:
-        return f"{tile.stages} pairs of rows are too few, {least} are needed"
+    if tile.partitions > 1 and tile.programs > 1:
+        return f"{tile.partitions} partitions take all registers of a processor, use programs=1, not {tile.programs}"
+    return _why_not_streamed(tile, tile.steps(hidden_channels)) if tile.weight_chunks else None
+
+
+def _why_not_streamed(tile: HopperTile, steps: int) -> str | None:
+    asked = f"weight_chunks={tile.weight_chunks} does not go with "
+    if tile.partitions != 2:
+        return asked + f"partitions={tile.partitions}, use partitions=2, or weight_chunks=0 for weights that stay"
+    if tile.hidden not in STREAMED_HIDDEN:
+        return asked + f"hidden={tile.hidden}, use hidden={' or '.join(map(str, STREAMED_HIDDEN))}"
+    if tile.pixels != BLOCK_PIXELS:
+        return asked + f"pixels={tile.pixels}, use pixels={BLOCK_PIXELS}"
+    if not MIN_CHUNKS <= tile.weight_chunks <= steps:
+        return (
+            asked + f"{steps} steps over the hidden channels, use {MIN_CHUNKS} to {steps}, or 0 for weights that stay"
+        )
     return None
 
 
@@ -155,7 +211,7 @@ def why_invalid(tile: HopperTile, shape: ConvFirstShape, processor: Processor) -
     if processor.compute_capability != COMPUTE_CAPABILITY:
         needed, found = (".".join(map(str, pair)) for pair in (COMPUTE_CAPABILITY, processor.compute_capability))
         return f"it is for compute capability {needed}, {processor.name} has {found}"
-    general = why_unsupported(shape) or why_malformed(tile)
+    general = why_unsupported(shape) or why_malformed(tile, shape.hidden_channels)
     if general:
         return general
     work = tile.work(shape.batch, shape.height, shape.width, processor.processors)
@@ -168,49 +224,94 @@ def why_invalid(tile: HopperTile, shape: ConvFirstShape, processor: Processor) -
             f"weights of {_kb(weights)} and rows of {_kb(local - weights)} do not fit "
             f"the {_kb(processor.local_memory_bytes)} of local memory that {processor.name} has"
         )
-    registers = estimated_registers(tile, shape)
-    if registers > portable.SPILL_ALLOWANCE * portable.MAX_REGISTERS:
-        return f"about {registers:.0f} registers a thread would spill, {portable.MAX_REGISTERS} are available"
+    registers, limit = estimated_registers(tile, shape), available_registers(tile)
+    if registers > limit:
+        fewer = "" if tile.programs == 1 else f" to each of {tile.programs} programs"
+        return f"about {registers:.0f} registers a thread would spill, {limit} are available{fewer}"
     return None
 
 
 def why_none(shape: ConvFirstShape, processor: Processor) -> str | None:
-    """Why no tile runs `shape` on `processor`, as far as the one that asks for least tells; None if some tile may."""
-    least = HopperTile(min(PIXELS), min(HIDDEN), MIN_STAGES, min(PARTITIONS), programs=1, warp_products=0, bulk_loads=0)
-    return why_invalid(least, shape, processor)
+    """Why no tile runs `shape` on `processor`, as far as those that ask for least tell; None if some tile may.
+
+    They are one of weights that stay and one of weights that are streamed, and the reason is that of the latter.
+    """
+    least = HopperTile(min(PIXELS), min(HIDDEN), min(STAGES), 1, 1, min(SLABS), weight_chunks=0)
+    reason = why_invalid(least, shape, processor)
+    streamed = replace(least, hidden=min(STREAMED_HIDDEN), partitions=2, weight_chunks=MIN_CHUNKS)
+    if reason is None or streamed.steps(shape.hidden_channels) < MIN_CHUNKS:
+        return reason
+    return why_invalid(streamed, shape, processor)
+
+
+def weight_sizes(
+    tile: HopperTile, in_channels: int, hidden_channels: int, out_channels: int
+) -> tuple[int, int, int, int]:
+    """Elements of packed weights: the convolution, the chunks of all steps, the hidden bias, and padding at the end."""
+    steps = tile.steps(hidden_channels)
+    conv = ceil(in_channels / PIECE) * PIECE_ELEMENTS
+    chunks, bias = steps * tile.chunk_elements(in_channels, out_channels), steps * tile.hidden
+    return conv, chunks, bias, -(conv + chunks + bias) % WEIGHT_COLUMNS
 
 
 def weight_bytes(tile: HopperTile, shape: ConvFirstShape) -> int:
-    """Weights and biases that stay in the shared memory of a program, in bytes."""
-    in_channels, out_channels = sum(tile.in_slabs(shape.in_channels)), sum(tile.out_slabs(shape.out_channels))
-    conv = shape.in_channels // GROUP_WIDTH * CONV_ELEMENTS
-    ffn = tile.padded_hidden(shape.hidden_channels) * (in_channels + out_channels + 1)
-    return ELEMENT_SIZE[shape.dtype] * (conv + ffn + out_channels)
+    """Weights and biases that a program has in shared memory at a time, in bytes."""
+    conv, chunks, bias, _ = weight_sizes(tile, shape.in_channels, shape.hidden_channels, shape.out_channels)
+    if tile.weight_chunks:
+        chunks = tile.weight_chunks * tile.chunk_elements(shape.in_channels, shape.out_channels)
+    return ELEMENT_SIZE[shape.dtype] * (conv + chunks + bias + sum(tile.out_slabs(shape.out_channels)))
 
 
 def local_memory_bytes(tile: HopperTile, shape: ConvFirstShape, processor: Processor) -> int:
-    """Shared memory of a program, in bytes: its weights, and a ring of input rows for each partition."""
-    ring = tile.stages * JOB_ROWS * tile.pixels * sum(tile.in_slabs(shape.in_channels)) + RING_MARGIN
-    scratch = max(SLAB_SCRATCH_BYTES[max(tile.out_slabs(shape.out_channels))], HIDDEN_SCRATCH_BYTES[tile.hidden])
-    barriers = tile.stages * BARRIER_BYTES * tile.bulk_loads
-    partition = ELEMENT_SIZE[shape.dtype] * ring + barriers + scratch
-    return weight_bytes(tile, shape) + tile.partitions * partition
+    """Shared memory of a program, in bytes: weights, and a ring of input rows for each partition.
+
+    Zeros stand before every row of a ring and after the last. Exact for one partition, for two a bound.
+    """
+    element = ELEMENT_SIZE[shape.dtype]
+    conv, *_ = weight_sizes(tile, shape.in_channels, shape.hidden_channels, shape.out_channels)
+    chunks = tile.weight_chunks or tile.steps(shape.hidden_channels)
+    chunks *= tile.chunk_elements(shape.in_channels, shape.out_channels)
+    slab = (8 + JOB_ROWS * tile.stages * (8 + tile.pixels)) * tile.slab
+    slabs = tile.partitions * ceil(shape.in_channels / tile.slab)
+    buffers = [(conv, PIECE), (chunks, WIDEST_SLAB), *[(slab, tile.slab)] * slabs]
+    matrices = _aligned_bytes([(element * size, PATTERN_ROWS * element * columns) for size, columns in buffers])
+    biases = weight_bytes(tile, shape) - element * (conv + chunks)
+    stages = tile.partitions * ceil(BARRIER_BYTES * tile.stages / BARRIER_ALIGNMENT) * BARRIER_ALIGNMENT
+    barriers = stages + BARRIER_BYTES * max(1, 2 * tile.weight_chunks)
+    return matrices + biases + barriers + PARTITION_BYTES * (tile.partitions - 1)
+
+
+def _aligned_bytes(buffers: list[tuple[int, int]]) -> int:
+    """Of buffers, sizes and alignments, one after the other, the largest first as the compiler places them."""
+    end = 0
+    for size, alignment in sorted(buffers, reverse=True):
+        end = ceil(end / alignment) * alignment + size
+    return end
 
 
 def estimated_registers(tile: HopperTile, shape: ConvFirstShape) -> float:
-    """32-bit registers a thread: fp32 sums and 16-bit operands of 16 pixels a warp in each row of a job, addresses."""
-    in_channels, out_channels = sum(tile.in_slabs(shape.in_channels)), sum(tile.out_slabs(shape.out_channels))
-    sums, operands = out_channels + tile.hidden, in_channels + tile.hidden
-    return JOB_ROWS * (sums / 2 + operands / 4) + BLOCK_REGISTERS * (tile.pixels // BLOCK_PIXELS - 1) + 40
+    """32-bit registers a thread: fp32 sums and 16-bit operands of 16 pixels a warp in each row of a job, addresses.
+
+    The most are needed either in the loop over hidden channels, or before it while the input is added to the output.
+    """
+    ins, outs = sum(tile.in_slabs(shape.in_channels)), sum(tile.out_slabs(shape.out_channels))
+    sums, operands = outs + tile.hidden, ins  # for two rows, 2 / 2 and 2 / 4 registers a column
+    if tile.steps(shape.hidden_channels) > 1:
+        operands += tile.hidden
+    most = max(operands / 2, ins / 2 + shape.residual * outs / 4)
+    return sums + most + OTHER_REGISTERS
+
+
+def available_registers(tile: HopperTile) -> int:
+    """Registers that a thread may have; with more, products wait for one another or registers spill."""
+    if tile.partitions > 1:
+        return PARTITION_REGISTERS
+    return tile.register_limit or portable.MAX_REGISTERS
 
 
 def programs_per_processor(tile: HopperTile, shape: ConvFirstShape, processor: Processor) -> int:
-    """Programs that a streaming multiprocessor holds at a time: `tile.programs`, or as many as its memories allow."""
-    registers = min(estimated_registers(tile, shape), portable.MAX_REGISTERS)
-    if tile.partitions > 1:
-        registers = portable.MAX_REGISTERS  # what the compiler gives to partitions that run different code
-    in_registers = processor.registers_per_processor // (registers * tile.partitions * WARPS * portable.WARP_SIZE)
-    return max(1, min(tile.programs, int(in_registers), programs_in_local_memory(tile, shape, processor)))
+    """Programs that a streaming multiprocessor holds at a time: `tile.programs`, or as many as it has memory for."""
+    return max(1, min(tile.programs, programs_in_local_memory(tile, shape, processor)))
 
 
 def programs_in_local_memory(tile: HopperTile, shape: ConvFirstShape, processor: Processor) -> int:

@@ -1,7 +1,7 @@
 """Compile kernels ahead of time, on a machine with or without a GPU, and read what the compiler made of them.
 
 `python -m fusion.triton_kernels.ahead --block 64,6,64 --capability 8.0 9.0` prints registers, spills, shared memory and
-matrix instructions of each combination; `--hopper-tile 64,64,3,2,1,0,1` does so for the Hopper kernel, and
+matrix instructions of each combination; `--hopper-tile 64,64,2,2,1,64,0` does so for the Hopper kernel, and
 `--ffn-tile 2,64,2,4,4,1` for that of the FFN.
 """
 
@@ -35,6 +35,7 @@ from fusion.triton_kernels import convfirst_hopper as hopper
 from fusion.triton_kernels import ffn_hopper
 from fusion.triton_kernels.convfirst import convfirst_kernel
 from fusion.triton_kernels.convfirst_hopper import convfirst_hopper_kernel
+from fusion.triton_kernels.hopper_layouts import box_layout, flat_layout
 
 PROCESSOR_OF_CAPABILITY = {
     (8, 0): "a100",
@@ -101,7 +102,7 @@ def compile_convfirst_hopper(shape: ConvFirstShape, tile: HopperTile) -> Resourc
     Raises ValueError for a block that no tile runs and for a malformed tile, and RuntimeError under TRITON_INTERPRET=1.
     """
     _refuse_interpreter()
-    _refuse(shape, hopper_tile.why_unsupported(shape) or hopper_tile.why_malformed(tile))
+    _refuse(shape, hopper_tile.why_unsupported(shape) or hopper_tile.why_malformed(tile, shape.hidden_channels))
     spec = hopper.constants(
         shape.height,
         shape.width,
@@ -113,9 +114,12 @@ def compile_convfirst_hopper(shape: ConvFirstShape, tile: HopperTile) -> Resourc
     )
     values = {"S": spec}
     signature = {name: _argument_type(name, values, shape.dtype) for name in convfirst_hopper_kernel.arg_names}
-    box, layout = hopper.descriptor_box(spec), hopper.descriptor_layout()
-    signature["x_desc"] = f"tensordesc<{TYPES[shape.dtype]}{box},{layout!r}>"
-    options = {"num_warps": WARPS, "maxnreg": hopper.register_limit(tile)}
+    for name, box, layout in (
+        ("x_desc", hopper.descriptor_box(spec), box_layout(spec.slab)),
+        ("weights_desc", hopper.weights_box(spec), flat_layout()),
+    ):
+        signature[name] = f"tensordesc<{TYPES[shape.dtype]}{box},{layout!r}>"
+    options = {"num_warps": WARPS, "maxnreg": tile.register_limit}
     return _compile(GluonASTSource, convfirst_hopper_kernel, signature, values, hopper_tile.COMPUTE_CAPABILITY, options)
 
 

@@ -28,24 +28,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusion.planner.ffn_tile import BLOCK_PIXELS, PARTITIONS, WARPS, WEIGHT_COLUMNS, FfnTile
-from fusion.triton_kernels.convfirst_hopper import (
+from fusion.triton_kernels.hopper_layouts import (
+    operand_layout,
+    plain_layout,
+    rows_layout,
+    sum_layout,
+    thread_layout,
+)
+from fusion.triton_kernels.hopper_parts import (
     activate,
     bias_slab,
     fixed,
+    hidden_bias,
     load_out_bias,
-    new_matrices,
     processor_count,
-    project,
     slab_start,
     wait_for_previous_kernel,
     zeros,
-)
-from fusion.triton_kernels.convfirst_hopper_layouts import (
-    hidden_bias_layout,
-    operand_layout,
-    plain_shared_layout,
-    sum_layout,
-    thread_layout,
 )
 
 SLAB_WIDTHS = (64, 32, 16)
@@ -108,11 +107,17 @@ def width_index(width):
 
 
 @gluon.jit
+def new_slab(COUNT: gl.constexpr, ROWS: gl.constexpr, SLAB: gl.constexpr, dtype: gl.constexpr):
+    """[COUNT, ROWS, SLAB] in shared memory."""
+    return gl.allocate_shared_memory(dtype, [COUNT, ROWS, SLAB], rows_layout(SLAB))
+
+
+@gluon.jit
 def new_tiles(COUNT: gl.constexpr, SLABS: gl.constexpr, ROWS: gl.constexpr, dtype: gl.constexpr):
     """For each slab [COUNT, ROWS, slab] in shared memory."""
     slabs = ()
     for s in gl.static_range(len(SLABS)):
-        slabs = slabs + (new_matrices(COUNT, ROWS, SLABS[s], dtype),)
+        slabs = slabs + (new_slab(COUNT, ROWS, SLABS[s], dtype),)
     return slabs
 
 
@@ -198,14 +203,6 @@ def replace_tile(x_descs, xs, full, tile, tiles, first, stride, S: gl.constexpr)
 
 
 @gluon.jit
-def hidden_bias(bias, step, S: gl.constexpr):
-    """[1, hidden], 16 bits."""
-    b = bias.index(step).load(hidden_bias_layout(S.hidden))
-    b = b.reshape((4, S.hidden // 8, 2)).permute((1, 0, 2)).reshape((S.hidden,))
-    return gl.convert_layout(b, gl.SliceLayout(0, sum_layout(S.hidden)), assert_trivial=True)[None, :]
-
-
-@gluon.jit
 def inputs(xs, first_block, S: gl.constexpr):
     """Left operands of the expansion: for every block slabs [64, slab], in registers or in shared memory."""
     blocks = ()
@@ -224,11 +221,20 @@ def inputs(xs, first_block, S: gl.constexpr):
 @gluon.jit
 def expand(x, us, stage, S: gl.constexpr):
     """Start [64, hidden] of a block, the sum over slabs."""
-    h = zeros(BLOCK, S.hidden, sum_layout(S.hidden))
+    h = zeros(BLOCK, S.hidden, gl.float32, sum_layout(S.hidden))
     for s in gl.static_range(len(us)):
         u = us[s].index(stage).permute((1, 0))  # [slab, hidden]
         h = warpgroup_mma(x[s], u, h, use_acc=s > 0, is_async=True)
     return h
+
+
+@gluon.jit
+def project(h, vs, stage, zs, FIRST: gl.constexpr):
+    """Start to add hidden channels to the output's slabs [64, slab], or to replace them with the `FIRST`."""
+    sums = ()
+    for s in gl.static_range(len(vs)):
+        sums = sums + (warpgroup_mma(h, vs[s].index(stage), zs[s], use_acc=not FIRST, is_async=True),)
+    return sums
 
 
 @gluon.jit
@@ -345,7 +351,7 @@ def walk(
         for _ in gl.static_range(fixed(S.blocks)):
             z = ()
             for s in gl.static_range(len(S.out_slabs)):
-                z = z + (zeros(BLOCK, S.out_slabs[s], sum_layout(S.out_slabs[s])),)
+                z = z + (zeros(BLOCK, S.out_slabs[s], gl.float32, sum_layout(S.out_slabs[s])),)
             zs = zs + (z,)
         for step in gl.static_range(fixed(S.steps)):
             now = first_step + step
@@ -419,7 +425,7 @@ def ffn_hopper_kernel(
         load_expand_chunk(weights_descs, us, u_full, i, tiles * S.steps, S)
     for i in gl.static_range(fixed(S.project_chunks)):
         load_project_chunk(weights_descs, vs, v_full, i, tiles * S.steps, S)
-    bias = gl.allocate_shared_memory(dtype, [S.steps, S.hidden], plain_shared_layout(1))
+    bias = gl.allocate_shared_memory(dtype, [S.steps, S.hidden], plain_layout(1))
     for step in gl.static_range(fixed(S.steps)):
         element = step * S.hidden + gl.arange(0, S.hidden, thread_layout())
         bias.index(step).store(gl.load(hidden_bias_ptr + element))

@@ -133,7 +133,7 @@ def test_candidates_are_valid_and_cover_blocks_of_any_width(channels, alpha):
             r"it is for compute capability 9.0, a5000 has 8.6; run the block",
         ),
         (ffn(1, 8, 8, 16, 2), {"kernel": "convfirst"}, "kernel 'convfirst' does not run FfnShape.*use 'ffn_hopper'"),
-        (ffn(1, 8, 8, 16, 2), {"tile": HopperTile(64, 64, 3, 2, 1, 0, 1)}, "is for other blocks than FfnShape"),
+        (ffn(1, 8, 8, 16, 2), {"tile": HopperTile(64, 64, 2, 2, 1, 64, 0)}, "is for other blocks than FfnShape"),
         (convfirst(1, 8, 8, 16, 2), {"tile": TILE}, "is for other blocks than ConvFirstShape"),
         (ffn(1, 8, 8, 16, 2), {"tile": TILE}, r"4 and 4 chunks of weights do not go with 1 steps"),
     ],

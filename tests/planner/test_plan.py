@@ -13,7 +13,7 @@ from fusion.planner.tile import ConvFirstTile
 from fusion.planner.waterline import analyze
 
 GRAPH = convfirst(128, 64, 64, 32, 6)
-TOO_WIDE_FOR_HOPPER = convfirst(128, 32, 32, 96, 6)
+TOO_WIDE_FOR_HOPPER = convfirst(128, 32, 32, 144, 4)
 TABLE_1 = Path(__file__).parents[2] / "bench" / "paper" / "table1_convfirst.csv"
 
 
@@ -71,7 +71,7 @@ def test_the_hopper_kernel_is_preferred_where_it_runs(processor, kernel):
     [
         (
             TOO_WIDE_FOR_HOPPER,
-            "weights of 253 KB and rows of 53 KB do not fit the 227 KB of local memory that h200 has",
+            "weights of 78 KB and rows of 167 KB do not fit the 227 KB of local memory that h200 has",
         ),
         (convfirst(1, 8, 8, 16, 2, activation="silu"), "activation silu is not supported, use relu"),
         (convfirst(1, 8, 8, 16, 2, group_width=16), "group width 16 is not supported, use 8"),
@@ -88,7 +88,7 @@ def test_a_kernel_can_be_asked_for():
     plan = plan_block(GRAPH, "h200", kernel="convfirst")
     assert plan.tile == PORTABLE.ranked_tiles(plan.shape, plan.processor)[0]
     assert plan_block(GRAPH, "h200", kernel="convfirst_hopper").tile == plan_block(GRAPH, "h200").tile
-    with pytest.raises(PlanError, match=r"no tile fits .*: Hopper kernel: weights of 253 KB .*layer by layer"):
+    with pytest.raises(PlanError, match=r"no tile fits .*: Hopper kernel: weights of 78 KB .*layer by layer"):
         plan_block(TOO_WIDE_FOR_HOPPER, "h200", kernel="convfirst_hopper")
     with pytest.raises(ValueError, match="kernel 'fast' is unknown; use one of convfirst_hopper, convfirst"):
         plan_block(GRAPH, "h200", kernel="fast")
@@ -97,7 +97,7 @@ def test_a_kernel_can_be_asked_for():
 
 
 @pytest.mark.parametrize(
-    "tile, pixels", [(ConvFirstTile(4, 8, 16, 16, 1), (4, 8)), (HopperTile(128, 32, 3, 1, 2, 0, 1), (2, 64))]
+    "tile, pixels", [(ConvFirstTile(4, 8, 16, 16, 1), (4, 8)), (HopperTile(128, 32, 3, 1, 1, 64, 0), (2, 64))]
 )
 def test_the_program_has_the_tile_and_the_costs_of_the_block(tile, pixels):
     plan = plan_block(GRAPH, "h200", tile)
@@ -108,7 +108,7 @@ def test_the_program_has_the_tile_and_the_costs_of_the_block(tile, pixels):
     assert plan.bytes == 2 * sum(tensor.size for tensor in (*GRAPH.inputs, *GRAPH.weights(), *GRAPH.outputs))
 
 
-@pytest.mark.parametrize("tile", [ConvFirstTile(4, 8, 16, 16, 1), HopperTile(64, 16, 4, 1, 1, 0, 1)])
+@pytest.mark.parametrize("tile", [ConvFirstTile(4, 8, 16, 16, 1), HopperTile(64, 16, 4, 1, 1, 32, 0)])
 def test_a_given_tile_is_kept_and_says_which_kernel(tile):
     plan = plan_block(GRAPH, "h200", tile)
     assert (plan.tile, plan.why, plan.processor.name) == (tile, "the tile was given", "h200")
@@ -116,7 +116,7 @@ def test_a_given_tile_is_kept_and_says_which_kernel(tile):
     assert [rejection.what for rejection in plan.rejected] == ["layerwise program"]
 
 
-@pytest.mark.parametrize("tile", [ConvFirstTile(8, 16, 32, 32, 4), HopperTile(64, 32, 3, 2, 1, 0, 1)])
+@pytest.mark.parametrize("tile", [ConvFirstTile(8, 16, 32, 32, 4), HopperTile(64, 32, 2, 2, 1, 64, 0)])
 def test_a_plan_describes_the_resources_of_its_tile(tile):
     plan = plan_block(GRAPH, "h200", tile)
     arguments = tile, plan.shape, plan.processor
@@ -180,7 +180,7 @@ def test_errors_of_arguments():
     with pytest.raises(
         PlanError, match=r"HopperTile\(pixels=64, .*compute capability 9.0, a100 has 8.0; leave the tile"
     ):
-        plan_block(GRAPH, "a100", HopperTile(64, 32, 3, 2, 1, 0, 1))
+        plan_block(GRAPH, "a100", HopperTile(64, 32, 2, 2, 1, 64, 0))
     with pytest.raises(TypeError, match=r"\(8, 16\) is not a tile; use a HopperTile or a ConvFirstTile"):
         plan_block(GRAPH, tile=(8, 16))
     with pytest.raises(ValueError, match="processor 'tpu' is unknown; use one of a5000, "):

@@ -90,7 +90,7 @@ def test_only_kernels_that_the_processor_runs_are_tried(made_up):
 
 def design(tile):
     if isinstance(tile, HopperTile):
-        return "hopper", tile.pixels, tile.hidden, tile.partitions, tile.warp_products
+        return "hopper", tile.pixels, tile.hidden, tile.partitions, tile.weight_chunks > 0
     return "portable", tile.pixels, tile.hidden, tile.conv_slab, tile.warps
 
 
@@ -130,7 +130,7 @@ def test_without_a_tile_that_works_the_error_says_why(made_up):
         tune.tune_block(GRAPH, H200, progress=False)
 
 
-@pytest.mark.parametrize("tile", [ConvFirstTile(7, 9, 16, 16, 4), HopperTile(64, 64, 2, 1, 1, 0, 1)])
+@pytest.mark.parametrize("tile", [ConvFirstTile(7, 9, 16, 16, 4), HopperTile(64, 64, 5, 1, 1, 16, 0)])
 def test_a_cached_tile_that_is_not_valid_is_tuned_again(made_up, tile):
     cache.store(tune.cache_key(SHAPE, torch.device("cuda", 0)), tile, 0.1)
     plan = tune.tune_block(GRAPH, H200, progress=False)

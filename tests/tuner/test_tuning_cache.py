@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tile", "kernel"), [(TILE, "convfirst"), (HopperTile(128, 16, 3, 1, 4, 1, 1), "convfirst_hopper")]
+    ("tile", "kernel"), [(TILE, "convfirst"), (HopperTile(128, 16, 3, 1, 4, 16, 0), "convfirst_hopper")]
 )
 def test_what_is_stored_is_loaded(tile, kernel):
     cache.store(KEY, tile, 123.5)

@@ -17,7 +17,7 @@ from fusion.weights import unpack_hopper
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 TILE = ConvFirstTile(4, 8, 32, 16, 4)
-HOPPER_TILE = HopperTile(64, 32, 3, 1, 1, 0, 1)
+HOPPER_TILE = HopperTile(64, 32, 3, 1, 1, 16, 0)
 
 
 def shape(**changes) -> ConvFirstShape:

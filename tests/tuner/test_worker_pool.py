@@ -56,7 +56,7 @@ def test_a_worker_answers_again_and_again(worker):
 
 
 def test_a_worker_is_told_which_kernel_the_tile_is_of(worker):
-    tiles = tile(3), HopperTile(64, 64, 3, 2, 1, 0, 1)
+    tiles = tile(3), HopperTile(64, 64, 3, 2, 1, 64, 3)
     assert [worker.ask(SHAPE, asked, False)["kernel"] for asked in tiles] == ["convfirst", "convfirst_hopper"]
 
 

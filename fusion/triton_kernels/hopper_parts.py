@@ -1,0 +1,106 @@
+"""What the Hopper kernels have in common: small stages, and what the compiler has to be told."""
+
+from functools import cache
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fusion.planner.slabs import NARROWEST
+from fusion.triton_kernels.hopper_layouts import hidden_bias_layout, plain_layout, sum_layout, thread_layout
+
+BIAS_ROW = gl.constexpr(NARROWEST)
+"""Elements of the output's bias that share an index: slabs start at multiples of it."""
+
+
+@gluon.constexpr_function
+def fixed(value):
+    """Bounds of a static loop must be constexpr, which arithmetic on attributes of `Spec` alone does not make."""
+    return value
+
+
+@gluon.constexpr_function
+def slab_start(slabs, index):
+    """First channel of slab `index`."""
+    return sum(slabs[:index])
+
+
+@gluon.jit
+def zeros(ROWS: gl.constexpr, COLUMNS: gl.constexpr, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    return gl.zeros((ROWS, COLUMNS), dtype, LAYOUT)
+
+
+@gluon.jit
+def activate(h, bias, dtype: gl.constexpr):
+    """relu(h + bias) of fp32 sums and a 16-bit bias, in 16 bits, two elements an instruction."""
+    if dtype == gl.float16:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 t, one; mov.b32 one, 0x3C003C00; cvt.rn.f16x2.f32 t, $2, $1; "
+            "fma.rn.relu.f16x2 $0, t, one, $3; }",
+            "=r,r,r,r",
+            [h, bias],
+            dtype=gl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 t, one; mov.b32 one, 0x3F803F80; cvt.rn.bf16x2.f32 t, $2, $1; "
+            "fma.rn.relu.bf16x2 $0, t, one, $3; }",
+            "=r,r,r,r",
+            [h, bias],
+            dtype=gl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@gluon.jit
+def hidden_bias(bias, step, S: gl.constexpr):
+    """[1, hidden], 16 bits."""
+    b = bias.index(step).load(hidden_bias_layout(S.hidden))
+    b = b.reshape((4, S.hidden // 8, 2)).permute((1, 0, 2)).reshape((S.hidden,))
+    columns: gl.constexpr = gl.SliceLayout(0, sum_layout(S.hidden))
+    return gl.convert_layout(b, columns, assert_trivial=True)[None, :]
+
+
+@gluon.jit
+def load_out_bias(pointer, dtype: gl.constexpr, S: gl.constexpr):
+    """[sum of output slabs] in 16 bits, in shared memory."""
+    ROWS: gl.constexpr = slab_start(S.out_slabs, len(S.out_slabs)) // BIAS_ROW
+    out_bias = gl.allocate_shared_memory(dtype, [ROWS, BIAS_ROW], plain_layout(1))
+    for s in gl.static_range(len(S.out_slabs)):
+        store_bias_slab(out_bias, pointer, slab_start(S.out_slabs, s), S.out_slabs[s])
+    return out_bias
+
+
+@gluon.jit
+def store_bias_slab(out_bias, pointer, FIRST: gl.constexpr, SLAB: gl.constexpr):
+    values = gl.load(pointer + FIRST + gl.arange(0, SLAB, thread_layout()))
+    bias_slab(out_bias, FIRST, SLAB).store(values.to(out_bias.dtype))
+
+
+@gluon.jit
+def bias_slab(out_bias, FIRST: gl.constexpr, SLAB: gl.constexpr):
+    """[SLAB] of the output's bias."""
+    return out_bias.index(FIRST // BIAS_ROW)._reinterpret(out_bias.dtype, [SLAB], plain_layout(1))
+
+
+@gluon.jit
+def wait_for_previous_kernel():
+    """Wait until the kernel ahead in the stream has finished, and let the one behind start."""
+    thread = gl.arange(0, 32 * gl.num_warps(), thread_layout())
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;",
+        "=r,r",
+        [thread],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@cache
+def processor_count(device: int) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -250,7 +250,7 @@ def split_units(x, UNIT: gl.constexpr):
 
 @gluon.jit
 def new_ring(dtype: gl.constexpr, S: gl.constexpr):
-    """A partition's ring, for each slab [atoms, 8 pixels, slab], and barriers that tell that TMA has brought a stage."""
+    """A partition's ring, for each slab [atoms, 8 pixels, slab], and barriers: that TMA has brought a stage."""
     ring = ()
     for _ in gl.static_range(fixed(S.slabs)):
         ring = ring + (gl.allocate_shared_memory(dtype, [S.ring_atoms, 8, S.slab], rows_layout(S.slab)),)

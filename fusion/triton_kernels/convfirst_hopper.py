@@ -89,7 +89,8 @@ class Spec:
 
     `in_slabs` and `out_slabs` are the widths of the slabs of channels that the FFN contracts and accumulates, `slab`
     the width of those in the ring. `streams` and `strips` divide a row of images, `steps` is the number of times that
-    `hidden` of the hidden channels are computed, `block` the number of pixels that are computed at once.
+    `hidden` of the hidden channels are computed, `block` the number of pixels that are computed at once. `chunk_shapes`
+    are the matrices of a step's weights, `unit` the output channels that a quad of threads stores in one instruction.
     """
 
     height: int
@@ -109,6 +110,8 @@ class Spec:
     stages: int
     partitions: int
     weight_chunks: int
+    chunk_shapes: tuple[tuple[int, int], ...]
+    unit: int
 
     @property
     def pieces(self) -> int:
@@ -129,11 +132,6 @@ class Spec:
     def blocks(self) -> int:
         """Blocks of a row of all streams."""
         return self.pixels // self.block
-
-    @property
-    def unit(self) -> int:
-        """Channels of which a quad of threads stores neighbours, each as many bytes as go into one instruction."""
-        return min(32, self.slab, *self.out_slabs)
 
     @property
     def row_atoms(self) -> int:
@@ -160,11 +158,6 @@ class Spec:
     def groups(self) -> int:
         """Groups of steps."""
         return self.steps // self.unroll
-
-    @property
-    def chunk_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Matrices of a chunk, the weights of a step: expand [slab in, hidden], then project [hidden, slab out]."""
-        return (*((slab, self.hidden) for slab in self.in_slabs), *((self.hidden, slab) for slab in self.out_slabs))
 
     @property
     def chunk_atoms(self) -> int:
@@ -818,6 +811,8 @@ def constants(
         stages=tile.stages,
         partitions=tile.partitions,
         weight_chunks=tile.weight_chunks,
+        chunk_shapes=tile.chunk_shapes(in_channels, out_channels),
+        unit=tile.unit(out_channels),
     )
 
 

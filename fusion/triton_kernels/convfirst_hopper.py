@@ -1,8 +1,9 @@
 """ConvFirst on Hopper (sm_90) as a persistent kernel in Gluon: the block of `convfirst.py` with ReLU and groups of 8.
 
-The weights of the whole block stay in shared memory, and a program stays on its processor. The images of a batch are
-one tall image of *virtual rows* (`fusion.planner.hopper_tile`). Each partition of a program, four warps, walks down a
-run of them two rows at a time: a *job*. Where images are narrow it walks down several images at once, its *streams*.
+A program stays on its processor. The weights of the whole block stay in its shared memory, or those of the FFN come
+from L2 in *chunks*, one for each step of the loop over hidden channels, into a ring that its two partitions share. The
+images of a batch are one tall image of *virtual rows* (`fusion.planner.hopper_tile`). Each partition, four warps, walks
+down a run of them two rows at a time: a *job*. Where images are narrow it walks down several at once, its *streams*.
 
 For a job it needs four input rows. They lie in pairs in a *ring* in shared memory, where TMA brings them while earlier
 jobs run, with zeros for what is outside of the images. In a row buffer the pixels lie one after the other, those of all

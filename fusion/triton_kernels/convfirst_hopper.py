@@ -404,6 +404,7 @@ def finish_piece(sums, PENDING: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.constexpr_function
 def conv_batch():
+    """Pieces that are started together, for bounds of loops."""
     return CONV_PIECES
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion.planner.ffn_tile import WEIGHT_COLUMNS, FfnTile
-from fusion.weights import fold_batch_norm
+from fusion.weights import bias_in_order, bias_of_quads, fold_batch_norm
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class FfnWeights:
             for slab in F.pad(matrix, (0, sum(widths) - matrix.shape[1])).split(widths, dim=1)
         ]
         weights = torch.stack(slabs, dim=1).reshape(-1, WEIGHT_COLUMNS)
-        # A product's sums lie in quads of threads, each with two neighbours of every eight: [steps, 4, hidden / 8, 2].
-        hidden_bias = F.pad(self.expand_bias, (0, hidden - len(self.expand_bias)))
-        hidden_bias = hidden_bias.reshape(steps, -1, 4, 2).transpose(1, 2).flatten()
+        hidden_bias = bias_of_quads(F.pad(self.expand_bias, (0, hidden - len(self.expand_bias))), steps)
         project_bias = F.pad(self.project_bias, (0, sum(out_slabs) - len(self.project_bias)))
         # By way of the CPU: the kernel may start before the kernel ahead of it in the stream has finished, which must
         # not be one that writes weights. Copies from the CPU are none.
@@ -105,7 +103,7 @@ def unpack_ffn(
     slabs = [slabs[:, s, :, :width].flatten(0, 1) for s, width in enumerate(widths)]
     count = len(tile.in_slabs(in_channels))
     expand, project = torch.cat(slabs[:count], dim=1), torch.cat(slabs[count:], dim=1)
-    hidden_bias = packed.hidden_bias.reshape(steps, 4, -1, 2).transpose(1, 2).flatten()
+    hidden_bias = bias_in_order(packed.hidden_bias, steps)
     return FfnWeights(
         expand[:hidden_channels, :in_channels],
         hidden_bias[:hidden_channels],

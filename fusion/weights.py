@@ -124,13 +124,12 @@ class ConvFirstWeights:
             *expand.split(in_slabs, dim=1),
             *(_by_quads(slab, 4, unit // 8) for slab in project.split(out_slabs, dim=2)),
         )
-        # A product's sums lie in quads of threads, each with two neighbours of every eight: [steps, 4, hidden / 8, 2].
-        bias = _padded(self.expand_bias[None], 1, hidden).reshape(steps, -1, 4, 2).transpose(1, 2)
+        bias = bias_of_quads(_padded(self.expand_bias[None], 1, hidden), steps)
         weights = torch.cat(
             [
                 _conv_taps(self.conv).flatten(),
                 torch.cat([_in_atoms(_swizzled(matrix)) for matrix in chunk], dim=1).flatten(),
-                bias.flatten(),
+                bias,
             ]
         )
         weights = torch.cat([weights, weights.new_zeros(-len(weights) % WEIGHT_COLUMNS)])
@@ -220,13 +219,23 @@ def unpack_hopper(
     expand = torch.cat(matrices[: len(in_slabs)], dim=1).transpose(1, 2).flatten(0, 1)
     unit = tile.unit(out_channels)
     project = torch.cat([_by_quads(matrix, unit // 8, 4) for matrix in matrices[len(in_slabs) :]], dim=2).flatten(0, 1)
-    bias = bias.reshape(steps, 4, -1, 2).transpose(1, 2).flatten()
+    bias = bias_in_order(bias, steps)
     return (
         _conv_of_taps(conv.reshape(-1, 3, 3, 16, 16))[:in_channels],
         expand[:hidden_channels, :in_channels],
         bias[:hidden_channels],
         project[:hidden_channels, :out_channels].T,
     )
+
+
+def bias_of_quads(bias: Tensor, steps: int) -> Tensor:
+    """Hidden bias, flat, as threads hold it: a product's sums lie in quads of them, each with two of every eight."""
+    return bias.reshape(steps, -1, 4, 2).transpose(1, 2).flatten()
+
+
+def bias_in_order(bias: Tensor, steps: int) -> Tensor:
+    """The inverse of `bias_of_quads`."""
+    return bias.reshape(steps, 4, -1, 2).transpose(1, 2).flatten()
 
 
 def _conv_taps(conv: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from math import ceil
 
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import FfnShape
-from fusion.planner.processor import Processor
-from fusion.planner.slabs import slab_widths
+from fusion.planner.processor import Processor, kilobytes
+from fusion.planner.slabs import WIDEST, HopperSlabs
 from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_REGISTERS
 
 COMPUTE_CAPABILITY = (9, 0)
@@ -22,9 +22,7 @@ WARPS = 4
 """Of a partition: a warpgroup, whose matrix products are Hopper's widest."""
 PARTITIONS = 2
 BLOCK_PIXELS = 16 * WARPS
-WIDEST_SLAB = 64
-"""Channels of 16 bits that TMA copies side by side."""
-WEIGHT_COLUMNS = WIDEST_SLAB
+WEIGHT_COLUMNS = WIDEST
 """Of the matrix of packed weights; narrower slabs are padded."""
 BLOCKS = (2, 1)
 HIDDEN = (64, 32, 16)
@@ -60,7 +58,7 @@ class FfnWork:
 
 
 @dataclass(frozen=True)
-class FfnTile:
+class FfnTile(HopperSlabs):
     """One way to run the FFN kernel.
 
     Each of the two partitions of a program computes `blocks` blocks of 64 pixels together, `hidden` of the hidden
@@ -87,22 +85,6 @@ class FfnTile:
     def pixels(self) -> int:
         """Pixels that a partition computes together."""
         return self.blocks * BLOCK_PIXELS
-
-    def in_slabs(self, in_channels: int) -> tuple[int, ...]:
-        """Slabs that the expansion contracts."""
-        return slab_widths(in_channels, WIDEST_SLAB)
-
-    def out_slabs(self, out_channels: int) -> tuple[int, ...]:
-        """Slabs that the projection accumulates."""
-        return slab_widths(out_channels, WIDEST_SLAB)
-
-    def steps(self, hidden_channels: int) -> int:
-        """Steps over the hidden channels."""
-        return ceil(hidden_channels / self.hidden)
-
-    def padded_hidden(self, hidden_channels: int) -> int:
-        """Hidden channels that the kernel computes: whole steps."""
-        return self.steps(hidden_channels) * self.hidden
 
     def work(self, pixels: int, processors: int) -> FfnWork:
         """Division of `pixels` pixels over a GPU of `processors` multiprocessors."""
@@ -163,8 +145,8 @@ def why_invalid(tile: FfnTile, shape: FfnShape, processor: Processor) -> str | N
     local = local_memory_bytes(tile, shape, processor)
     if local > processor.local_memory_bytes:
         return (
-            f"weights and tiles of {_kb(local)} do not fit the {_kb(processor.local_memory_bytes)} of local memory "
-            f"that {processor.name} has"
+            f"weights and tiles of {kilobytes(local)} do not fit the {kilobytes(processor.local_memory_bytes)} of "
+            f"local memory that {processor.name} has"
         )
     return None
 
@@ -217,9 +199,7 @@ def predicted_us(tile: FfnTile, shape: FfnShape, processor: Processor) -> float:
     ops = 2 * PARTITIONS * tile.pixels * tile.padded_hidden(shape.hidden_channels) * (expansion + projection)
     tile_us = TILE_US + ops / (processor.peak_ops / processor.processors) * 1e6
     tile_us *= 1 if tile.x_in_registers else SHARED_OPERAND
-    pixel_us = (
-        ELEMENT_SIZE[shape.dtype] * (shape.in_channels + shape.out_channels) / processor.bandwidth * 1e6
-    )  # through DRAM
+    pixel_us = shape.pixel_bytes / processor.bandwidth * 1e6  # through DRAM
     if tile.stages == 1:
         tile_us += PARTITIONS * tile.pixels * processor.processors * pixel_us
     tiles = tile.work(shape.pixels, processor.processors).tiles
@@ -236,7 +216,3 @@ def candidate_tiles(shape: FfnShape, processor: Processor) -> Iterator[FfnTile]:
         tile = next((tile for tile in tiles if why_invalid(tile, shape, processor) is None), None)
         if tile is not None:
             yield tile
-
-
-def _kb(size: int) -> str:
-    return f"{size / 1024:.0f} KB"

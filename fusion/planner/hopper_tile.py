@@ -12,8 +12,8 @@ from math import ceil
 from fusion.planner import tile as portable
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import ConvFirstShape
-from fusion.planner.processor import Processor
-from fusion.planner.slabs import NARROWEST, slab_widths
+from fusion.planner.processor import Processor, kilobytes
+from fusion.planner.slabs import NARROWEST, WIDEST, HopperSlabs
 
 COMPUTE_CAPABILITY = (9, 0)
 GROUP_WIDTH = 8
@@ -28,17 +28,17 @@ MIN_CHUNKS = 2
 """Of streamed weights: a chunk is replaced while the next one is used."""
 WARPS = 4
 """Warps of a partition: a warpgroup, whose matrix products are Hopper's widest."""
-WIDEST_SLAB = 64
-"""Of the slabs that the FFN contracts and accumulates."""
 WIDEST_UNIT = 32
 PIECE = NARROWEST
 """Channels that the convolution computes together: two groups."""
 PIECE_ELEMENTS = 9 * PIECE * PIECE
 """Weights of a piece: nine taps, zeros between its groups."""
-ATOM_ELEMENTS = 8 * WIDEST_SLAB
+ATOM_ELEMENTS = 8 * WIDEST
 """What every matrix of a chunk is rounded up to a multiple of: the pattern of the widest swizzle."""
 WEIGHT_COLUMNS = 64
 """What packed weights are rounded up to a multiple of: TMA reads them as rows."""
+MOST_UNROLLED = 6
+"""Steps of the FFN that are one piece of code. Where code is longer the compiler computes addresses for each thread."""
 MOST_STREAMS = 8
 """A column's neighbour is as many pixels away, and before every row there are zeros for 8."""
 JOB_ROWS = 2
@@ -81,7 +81,7 @@ class HopperWork:
 
 
 @dataclass(frozen=True)
-class HopperTile:
+class HopperTile(HopperSlabs):
     """One way to run the Hopper variant of the ConvFirst kernel.
 
     Each of the `partitions` of a program, a warpgroup, has `stages` pairs of input rows of `pixels` pixels in its ring,
@@ -111,22 +111,6 @@ class HopperTile:
         limit = REGISTERS // threads // REGISTER_MULTIPLE * REGISTER_MULTIPLE
         return limit if limit < portable.MAX_REGISTERS else None
 
-    def in_slabs(self, in_channels: int) -> tuple[int, ...]:
-        """Slabs that the expansion contracts."""
-        return slab_widths(in_channels, WIDEST_SLAB)
-
-    def out_slabs(self, out_channels: int) -> tuple[int, ...]:
-        """Slabs that the projection accumulates."""
-        return slab_widths(out_channels, WIDEST_SLAB)
-
-    def steps(self, hidden_channels: int) -> int:
-        """Steps of the loop over hidden channels."""
-        return ceil(hidden_channels / self.hidden)
-
-    def padded_hidden(self, hidden_channels: int) -> int:
-        """Hidden channels that the kernel computes: whole steps of the loop."""
-        return self.steps(hidden_channels) * self.hidden
-
     def chunk_shapes(self, in_channels: int, out_channels: int) -> tuple[tuple[int, int], ...]:
         """Matrices of a chunk, the weights of a step: expand [slab in, hidden], then project [hidden, slab out]."""
         expand = ((slab, self.hidden) for slab in self.in_slabs(in_channels))
@@ -137,6 +121,11 @@ class HopperTile:
         """Weights of a step, every matrix of it rounded up to whole atoms."""
         atoms = (ceil(rows * columns / ATOM_ELEMENTS) for rows, columns in self.chunk_shapes(in_channels, out_channels))
         return ATOM_ELEMENTS * sum(atoms)
+
+    def unroll(self, hidden_channels: int) -> int:
+        """Steps of a group, one piece of code. Products of streamed weights leave no registers for more than one."""
+        steps, most = self.steps(hidden_channels), 1 if self.weight_chunks else MOST_UNROLLED
+        return max(group for group in range(1, most + 1) if steps % group == 0)
 
     def unit(self, out_channels: int) -> int:
         """Output channels of which each thread of a quad stores a fourth: neighbours, as wide as it can."""
@@ -221,8 +210,8 @@ def why_invalid(tile: HopperTile, shape: ConvFirstShape, processor: Processor) -
     if local > processor.local_memory_bytes:
         weights = weight_bytes(tile, shape)
         return (
-            f"weights of {_kb(weights)} and rows of {_kb(local - weights)} do not fit "
-            f"the {_kb(processor.local_memory_bytes)} of local memory that {processor.name} has"
+            f"weights of {kilobytes(weights)} and rows of {kilobytes(local - weights)} do not fit "
+            f"the {kilobytes(processor.local_memory_bytes)} of local memory that {processor.name} has"
         )
     registers, limit = estimated_registers(tile, shape), available_registers(tile)
     if registers > limit:
@@ -273,7 +262,7 @@ def local_memory_bytes(tile: HopperTile, shape: ConvFirstShape, processor: Proce
     chunks *= tile.chunk_elements(shape.in_channels, shape.out_channels)
     slab = (8 + JOB_ROWS * tile.stages * (8 + tile.pixels)) * tile.slab
     slabs = tile.partitions * ceil(shape.in_channels / tile.slab)
-    buffers = [(conv, PIECE), (chunks, WIDEST_SLAB), *[(slab, tile.slab)] * slabs]
+    buffers = [(conv, PIECE), (chunks, WIDEST), *[(slab, tile.slab)] * slabs]
     matrices = _aligned_bytes([(element * size, PATTERN_ROWS * element * columns) for size, columns in buffers])
     biases = weight_bytes(tile, shape) - element * (conv + chunks)
     stages = tile.partitions * ceil(BARRIER_BYTES * tile.stages / BARRIER_ALIGNMENT) * BARRIER_ALIGNMENT
@@ -318,7 +307,3 @@ def programs_in_local_memory(tile: HopperTile, shape: ConvFirstShape, processor:
     """Programs for which a streaming multiprocessor has shared memory."""
     program = local_memory_bytes(tile, shape, processor) + RESERVED_BYTES
     return (processor.local_memory_bytes + RESERVED_BYTES) // program
-
-
-def _kb(size: int) -> str:
-    return f"{size / 1024:.0f} KB"

@@ -3,11 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusion.planner.graph import BlockGraph, Op, OpKind, Tensor
+from fusion.planner.graph import ELEMENT_SIZE, BlockGraph, Op, OpKind, Tensor
+
+
+class Activations:
+    """What follows from a shape's batch, height, width, channels and dtype."""
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all images."""
+        return self.batch * self.height * self.width
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Input and output of a pixel."""
+        return ELEMENT_SIZE[self.dtype] * (self.in_channels + self.out_channels)
 
 
 @dataclass(frozen=True)
-class ConvFirstShape:
+class ConvFirstShape(Activations):
     """Parameters of a stride-1 ConvFirst block; ``height`` and ``width`` in pixels, channels C, hidden and K."""
 
     batch: int
@@ -24,7 +38,7 @@ class ConvFirstShape:
 
 
 @dataclass(frozen=True)
-class FfnShape:
+class FfnShape(Activations):
     """Parameters of an FFN block; ``height`` and ``width`` in pixels, channels C, hidden and K."""
 
     batch: int
@@ -36,11 +50,6 @@ class FfnShape:
     activation: str
     residual: bool
     dtype: str
-
-    @property
-    def pixels(self) -> int:
-        """Pixels of all images."""
-        return self.batch * self.height * self.width
 
 
 BlockShape = ConvFirstShape | FfnShape

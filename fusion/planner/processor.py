@@ -144,3 +144,8 @@ def get_processor(processor: str | Processor) -> Processor:
         raise ValueError(
             f"processor {processor!r} is unknown; use one of {', '.join(PROCESSORS)}, or pass a Processor"
         ) from None
+
+
+def kilobytes(size: int) -> str:
+    """A size in bytes, for people."""
+    return f"{size / 1024:.0f} KB"

@@ -78,8 +78,6 @@ CONV_PIECES = 4
 """Pieces of the convolution that are under way together: their sums must fit in registers."""
 CONV_PRODUCTS = 12
 """Products of a piece: four input rows and three columns."""
-MAX_UNROLL = 6
-"""Steps of the FFN that are one piece of code. Where code is longer the compiler computes addresses for each thread."""
 COPY_ATOMS = 32
 """Atoms that one copy by TMA may bring."""
 
@@ -91,7 +89,8 @@ class Spec:
     `in_slabs` and `out_slabs` are the widths of the slabs of channels that the FFN contracts and accumulates, `slab`
     the width of those in the ring. `streams` and `strips` divide a row of images, `steps` is the number of times that
     `hidden` of the hidden channels are computed, `block` the number of pixels that are computed at once. `chunk_shapes`
-    are the matrices of a step's weights, `unit` the output channels that a quad of threads stores in one instruction.
+    are the matrices of a step's weights, `unit` the output channels that a quad of threads stores in one instruction,
+    `unroll` the steps of a group, one piece of code.
     """
 
     height: int
@@ -113,6 +112,7 @@ class Spec:
     weight_chunks: int
     chunk_shapes: tuple[tuple[int, int], ...]
     unit: int
+    unroll: int
 
     @property
     def pieces(self) -> int:
@@ -148,12 +148,6 @@ class Spec:
     def pair_bytes(self) -> int:
         """What TMA brings of a pair of rows."""
         return 2 * 2 * self.pixels * self.slab * self.slabs
-
-    @property
-    def unroll(self) -> int:
-        """Steps in a group, one piece of code. Sums of streamed weights' products leave no registers for more."""
-        most = 1 if self.weight_chunks else MAX_UNROLL
-        return max(steps for steps in range(1, most + 1) if self.steps % steps == 0)
 
     @property
     def groups(self) -> int:
@@ -815,6 +809,7 @@ def constants(
         weight_chunks=tile.weight_chunks,
         chunk_shapes=tile.chunk_shapes(in_channels, out_channels),
         unit=tile.unit(out_channels),
+        unroll=tile.unroll(hidden_channels),
     )
 
 

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,14 @@ def run_main(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-@pytest.mark.parametrize("capability", MATRIX_INSTRUCTION, ids=str)
-def test_resources(capability):
+def test_resources():
     blocks = [",".join(map(str, block)) for block in BLOCKS]
-    options = ["--capability", ".".join(map(str, capability)), "--tile", ",".join(map(str, TILE.to_ints()))]
+    capabilities = [".".join(map(str, capability)) for capability in MATRIX_INSTRUCTION]
+    options = ["--capability", *capabilities, "--tile", ",".join(map(str, TILE.to_ints()))]
     rows = json.loads(run_main("--json", "--block", *blocks, *options))
-    assert [tuple(row["block"]) for row in rows] == BLOCKS
-    for row in rows:
+    compiled = [(tuple(row["block"]), tuple(row["capability"])) for row in rows]
+    assert compiled == list(product(BLOCKS, MATRIX_INSTRUCTION))
+    for row, (_, capability) in zip(rows, compiled, strict=True):
         check_instructions(row, capability)
         check_registers(row, capability)
         check_memory(row, capability)

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
-from fusion import ops
+from fusion import mbconv_ops, ops
 from fusion.ffn_weights import FfnWeights, PackedFfn
+from fusion.mbconv_weights import MBConvWeights, PackedMBConv
 from fusion.planner.families import HOPPER, Tile, family_of
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import HopperTile
+from fusion.planner.mbconv_tile import MBConvTile
 from fusion.weights import ConvFirstWeights, PackedConvFirst, PackedHopper
 
-Weights = ConvFirstWeights | FfnWeights
-Packed = PackedConvFirst | PackedHopper | PackedFfn
+Weights = ConvFirstWeights | FfnWeights | MBConvWeights
+Packed = PackedConvFirst | PackedHopper | PackedFfn | PackedMBConv
 
 
 def pack(weights: Weights, tile: Tile, dtype: torch.dtype, device: torch.device | str) -> Packed:
@@ -30,7 +32,27 @@ def packing(tile: Tile) -> tuple[str | int, ...]:
         return family_of(tile).name, tile.hidden, tile.slab
     if isinstance(tile, FfnTile):
         return family_of(tile).name, tile.hidden
+    if isinstance(tile, MBConvTile):
+        sizes = tile.hidden, tile.project_hidden, tile.channels, tile.conv_slab, tile.project_out
+        return family_of(tile).name, *sizes
     return family_of(tile).name, tile.hidden, tile.conv_slab
+
+
+def run_mbconv(
+    x: Tensor,
+    packed: tuple[Tensor, ...],
+    tile: list[int],
+    *,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
+    group_width: int,
+    activation: str,
+    residual: bool,
+) -> Tensor:
+    """Call the operator of the MBConv kernels, as `run` does that of a ConvFirst kernel."""
+    sizes = hidden_channels, out_channels, squeeze_channels, group_width
+    return mbconv_ops.mbconv(x, *packed, *sizes, activation, residual, tile)
 
 
 def run_ffn(
@@ -99,6 +121,10 @@ def launch(
 
         _check_hopper_activation(activation, "run the block layer by layer")
         ffn_hopper.launch(x, *packed.tensors(), out, hidden_channels=hidden_channels, residual=residual, tile=tile)
+    elif isinstance(tile, MBConvTile):
+        from fusion.triton_kernels import mbconv
+
+        mbconv.launch(x, *packed.tensors(), out, activation=activation, residual=residual, tile=tile)
     else:
         from fusion.triton_kernels import convfirst
 

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from fusion import kernels
 from fusion.ffn_weights import FfnWeights
 from fusion.kernels import Packed, Weights
+from fusion.mbconv_weights import MBConvWeights
 from fusion.planner.blocks import convfirst as convfirst_graph
 from fusion.planner.blocks import ffn as ffn_graph
+from fusion.planner.blocks import mbconv as mbconv_graph
 from fusion.planner.families import Tile
 from fusion.planner.graph import BlockGraph
 from fusion.planner.plan import Plan, plan_block
@@ -45,23 +47,26 @@ class FusedBlock(nn.Module):
 
     def plan(self, x: Tensor) -> Plan:
         """The plan for inputs like `x`."""
-        dtype = "bfloat16" if x.dtype == torch.bfloat16 else "float16"
-        key = (x.device, dtype, *x.shape)
+        key = (x.device, _kernel_dtype(x.dtype), *x.shape)
         if key not in self._plans:
             batch, channels, height, width = x.shape
-            graph = self._graph(
-                max(batch, 1),
-                height,
-                width,
-                channels,
-                hidden_channels=self.weights.hidden_channels,
-                out_channels=self.weights.out_channels,
-                activation=self.activation,
-                residual=self.residual,
-                dtype=dtype,
-            )
-            self._plans[key] = self.tuner(graph, _processor_of(x.device))
+            graph = self.graph(max(batch, 1), height, width, channels, x.dtype)
+            self._plans[key] = self.tuner(graph, processor_of_device(x.device))
         return self._plans[key]
+
+    def graph(self, batch: int, height: int, width: int, channels: int, dtype: torch.dtype) -> BlockGraph:
+        """The block as a graph, for inputs of this shape and dtype."""
+        return self._graph(
+            batch,
+            height,
+            width,
+            channels,
+            hidden_channels=self.weights.hidden_channels,
+            out_channels=self.weights.out_channels,
+            activation=self.activation,
+            residual=self.residual,
+            dtype=_kernel_dtype(dtype),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.weights.in_channels:
@@ -144,7 +149,41 @@ class FusedFfn(FusedBlock):
         )
 
 
-def _processor_of(device: torch.device) -> str | Processor:
+class FusedMBConv(FusedBlock):
+    """MBConv block of stride 1 with squeeze-and-excitation for inference (see `FusedBlock`)."""
+
+    weights: MBConvWeights
+
+    def _graph(self, *sizes: int, **options) -> BlockGraph:
+        weights = self.weights
+        return mbconv_graph(
+            *sizes, group_width=weights.group_width, squeeze_channels=weights.squeeze_channels, **options
+        )
+
+    def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
+        return kernels.run_mbconv(
+            x,
+            packed,
+            tile,
+            hidden_channels=self.weights.hidden_channels,
+            out_channels=self.weights.out_channels,
+            squeeze_channels=self.weights.squeeze_channels,
+            group_width=self.weights.group_width,
+            activation=self.activation,
+            residual=self.residual,
+        )
+
+    def extra_repr(self) -> str:
+        weights = self.weights
+        return f"{super().extra_repr()}, squeeze_channels={weights.squeeze_channels}, group_width={weights.group_width}"
+
+
+def _kernel_dtype(dtype: torch.dtype) -> str:
+    return "bfloat16" if dtype == torch.bfloat16 else "float16"
+
+
+def processor_of_device(device: torch.device) -> str | Processor:
+    """Whose plans run on a device: a GPU, or `REFERENCE_PROCESSOR` for CPUs."""
     if device.type != "cuda":
         return REFERENCE_PROCESSOR
     from fusion.probe import processor_of

@@ -7,11 +7,10 @@ from fusion.modules import FusedConvFirst, Tuner
 from fusion.planner.plan import PlanError, plan_block
 from fusion.weights import ConvFirstWeights
 
+from .activation_names import ACTIVATION_NAMES
 from .blurpool import BlurPool
 from .drop_path import DropPath
 from .grouped_conv import grouped_conv3x3
-
-ACTIVATION_NAMES = {nn.ReLU: "relu", nn.SiLU: "silu"}
 
 
 class ConvFirst(nn.Module):

@@ -27,7 +27,7 @@ def fuse_blocks(model: nn.Module, tuner: Tuner = plan_block) -> nn.Module:
         if not isinstance(block, ConvFirst | MBConv):
             continue
         try:
-            model.set_submodule(name, _twin(block, tuner))
+            model.set_submodule(name, block.fused(tuner))
             fused += 1
         except PlanError as error:
             left_eager[name] = str(error)
@@ -40,9 +40,3 @@ def fuse_blocks(model: nn.Module, tuner: Tuner = plan_block) -> nn.Module:
             ", ".join(left_eager),
         )
     return model
-
-
-def _twin(block: ConvFirst | MBConv, tuner: Tuner) -> nn.Module:
-    if isinstance(block, ConvFirst):
-        return block.fused(tuner)
-    raise PlanError(f"no fused kernel runs {type(block).__name__} blocks; run the block in eager mode")

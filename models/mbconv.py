@@ -2,6 +2,11 @@
 
 from torch import Tensor, nn
 
+from fusion.mbconv_weights import MBConvWeights
+from fusion.modules import FusedMBConv, Tuner
+from fusion.planner.plan import PlanError, plan_block
+
+from .activation_names import ACTIVATION_NAMES
 from .blurpool import BlurPool
 from .drop_path import DropPath
 from .grouped_conv import grouped_conv3x3
@@ -58,6 +63,37 @@ class MBConv(nn.Module):
         self.project = nn.Conv2d(hidden_channels, out_channels, 1)
         self.project_bn = nn.BatchNorm2d(out_channels)
         self.drop_path = DropPath(drop_path)
+
+    def fused(self, tuner: Tuner = plan_block) -> FusedMBConv:
+        """The block's inference twin: batch norm folded, two kernels for a micro-batch of images.
+
+        It takes `[N, C, H, W]` in fp16 or bf16 on GPUs and any floating dtype on CPUs. `tuner` chooses the kernels'
+        tile; `fusion.tuner.tune_block` does so by measurement.
+
+        Raises:
+            PlanError: no kernel runs this block, for example because its stride is 2.
+            RuntimeError: the block is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("a block in training mode cannot be fused; call eval() first")
+        activation = ACTIVATION_NAMES.get(type(self.act))
+        if self.stride != 1 or activation is None:
+            supported = " or ".join(kind.__name__ for kind in ACTIVATION_NAMES)
+            raise PlanError(
+                f"no fused kernel runs MBConv with stride {self.stride} and {type(self.act).__name__}; supported "
+                f"are stride 1 and {supported}: run the block in eager mode"
+            )
+        weights = MBConvWeights.fold(
+            self.expand,
+            self.expand_bn,
+            self.conv,
+            self.conv_bn,
+            self.se.squeeze,
+            self.se.excite,
+            self.project,
+            self.project_bn,
+        )
+        return FusedMBConv(weights, activation=activation, residual=self.has_residual, tuner=tuner)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(self.expand_bn(self.expand(x)))

@@ -52,6 +52,34 @@ def random_ffn_weights(random_weights):
 
 
 @pytest.fixture(scope="session")
+def random_mbconv_weights():
+    """`(channels, hidden, out_channels=channels, squeeze=6, group_width=8) -> MBConvWeights` of unit scale, float64."""
+    from fusion.mbconv_weights import MBConvWeights
+
+    def make(channels, hidden, out_channels=None, squeeze=6, group_width=8):
+        out_channels = out_channels or channels
+        generator = torch.Generator().manual_seed(channels * hidden + out_channels + squeeze)
+
+        def normal(*size, scale=1.0):
+            return torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+
+        return MBConvWeights(
+            normal(hidden, channels, scale=(2 / channels) ** 0.5),
+            normal(hidden),
+            normal(hidden, group_width, 3, 3, scale=(4.5 * group_width) ** -0.5),
+            normal(hidden),
+            normal(squeeze, hidden, scale=(2 / hidden) ** 0.5),
+            normal(squeeze),
+            normal(hidden, squeeze, scale=(2 / squeeze) ** 0.5),
+            normal(hidden),
+            normal(out_channels, hidden, scale=(2 / hidden) ** 0.5),
+            normal(out_channels),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def random_block():
     """`(channels, out_channels, **options) -> models.ConvFirst` in eval mode with random batch norm statistics."""
     from models.convfirst import ConvFirst
@@ -102,6 +130,31 @@ def run_kernel(device):
             sizes = weights.hidden_channels, weights.out_channels, weights.group_width
             from_op = ops.convfirst(x, *packed, *sizes, activation, residual, tile.to_ints())
             torch.testing.assert_close(from_op, out, rtol=0, atol=0, equal_nan=True)
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_mbconv_kernel():
+    """`(x, weights, tile, activation="silu", residual=False, ordered=False) -> [N, K, H, W]`, by the MBConv kernels.
+
+    The output and the workspace are full of NaN before.
+    """
+    from fusion.triton_kernels.mbconv import launch, new_workspace
+
+    def run(x, weights, tile, activation="silu", residual=False, ordered=False):
+        x = x.contiguous(memory_format=torch.channels_last)
+        packed = weights.pack(tile, x.dtype, x.device).tensors()
+        names = ("hidden_channels", "out_channels", "squeeze_channels")
+        sizes = {name: getattr(weights, name) for name in names}
+        workspace = new_workspace(x, **sizes, ordered=ordered, tile=tile)
+        out = torch.empty((x.shape[0], weights.out_channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
+        out = out.contiguous(memory_format=torch.channels_last)
+        for tensor in (out, *workspace):
+            tensor.fill_(float("nan"))
+        options = {"activation": activation, "residual": residual, "ordered": ordered}
+        launch(x, *packed, out, tile=tile, workspace=workspace, **options)
         return out
 
     return run

@@ -8,6 +8,7 @@ from fusion.modules import FusedConvFirst
 from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.plan import PlanError, plan_block
 from fusion.planner.tile import ConvFirstTile
+from models import MBConv
 
 
 @pytest.fixture
@@ -107,6 +108,20 @@ def test_has_no_parameters_and_prints_its_sizes(fused):
     assert not list(fused.parameters()) and not fused.state_dict()
     assert repr(fused) == (
         "FusedConvFirst(24, 24, hidden_channels=72, activation='relu', residual=True, group_width=8)"
+    )
+
+
+def test_mbconv_compiles_as_one_graph_and_prints_its_sizes():
+    torch.manual_seed(0)
+    block = MBConv(24, 24, expansion=3, se_ratio=0.125).eval().requires_grad_(False)
+    fused = block.fused()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for size in ((2, 24, 5, 7), (3, 24, 6, 6)):
+        x = torch.randn(*size)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
+    assert repr(fused) == (
+        "FusedMBConv(24, 24, hidden_channels=72, activation='silu', residual=True, squeeze_channels=3, group_width=8)"
     )
 
 

@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fusion import kernels
+from fusion.mbconv_weights import PackedMBConv
 from fusion.planner.families import family_of
 from fusion.planner.hopper_tile import HopperTile
+from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.tile import ConvFirstTile
 from fusion.reference import convfirst as reference
 from fusion.weights import PackedConvFirst, PackedHopper
@@ -52,6 +56,34 @@ def test_the_portable_kernel_is_launched(device, random_weights):
     packed = kernels.pack(weights, PORTABLE, x.dtype, x.device)
     kernels.launch(x, packed, out, PORTABLE, hidden_channels=40, activation="silu", residual=True)
     torch.testing.assert_close(out, run(PORTABLE, x, weights, "silu"), rtol=1e-2, atol=1e-2)
+
+
+MBCONV = MBConvTile(2, 8, 8, 64, 32, 32, 4, 3, 64, 32, 128, 4, 3)
+
+
+def test_the_mbconv_kernels_are_launched(device, random_mbconv_weights):
+    weights, x = random_mbconv_weights(24, 64), torch.randn(2, 24, 5, 7).to(device, torch.float16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.full_like(x, float("nan"))
+    packed = kernels.pack(weights, MBCONV, x.dtype, x.device)
+    assert isinstance(packed, PackedMBConv)
+    kernels.launch(x, packed, out, MBCONV, hidden_channels=64, activation="relu", residual=True)
+    sizes = {"hidden_channels": 64, "out_channels": 24, "squeeze_channels": 6, "group_width": 8}
+    expected = kernels.run_mbconv(x, packed.tensors(), MBCONV.to_ints(), activation="relu", residual=True, **sizes)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_mbconv_tiles_of_equal_packing_share_weights(random_mbconv_weights):
+    fields = {"hidden": 128, "project_hidden": 64, "channels": 16, "conv_slab": 16, "project_out": 16}
+    fields |= {"images": 1, "height": 4, "warps": 2, "stages": 2, "project_pixels": 16, "project_warps": 2}
+    tiles = [MBCONV, *(replace(MBCONV, **{name: value}) for name, value in fields.items())]
+    weights = random_mbconv_weights(24, 40)
+    packed = [kernels.pack(weights, tile, torch.float32, "cpu").tensors() for tile in tiles]
+    for tile, tensors in zip(tiles, packed, strict=True):
+        for other, others in zip(tiles, packed, strict=True):
+            if kernels.packing(tile) == kernels.packing(other):
+                assert all(map(torch.equal, tensors, others))
+    assert len({kernels.packing(tile) for tile in tiles}) == 1 + 5
 
 
 def test_activations_that_a_kernel_lacks_are_refused(random_weights):

@@ -8,9 +8,9 @@ import argparse
 import os
 import sys
 
-from fusion.bench import convfirst, ffn, waterline
+from fusion.bench import convfirst, ffn, mbconv, waterline
 
-SUBCOMMANDS = (convfirst.COMMAND, ffn.COMMAND, waterline)
+SUBCOMMANDS = (convfirst.COMMAND, mbconv.COMMAND, ffn.COMMAND, waterline)
 
 DESCRIPTION = """\
 Measure and analyse blocks of convolutional networks: layer by layer, and fused into one kernel.
@@ -21,6 +21,7 @@ Latencies are in microseconds, throughput in TFLOP/s (a multiply-accumulate is t
 EXAMPLES = """\
 examples:
   python -m fusion.bench convfirst                      the paper's ConvFirst blocks: eager, Inductor, fused
+  python -m fusion.bench mbconv                         its MBConv blocks with squeeze-and-excitation, the same way
   python -m fusion.bench ffn                            FFN blocks alone, the same way
   python -m fusion.bench waterline                      their minimum latencies, and MBConv's, on the paper's GPU
   python -m fusion.bench waterline --processor h200     the same on another GPU

@@ -31,7 +31,8 @@ class BlockCommand:
     """A command for blocks of one type.
 
     `block` is the type's name and the command's, `title` the type for people, `blocks` are those of a run without
-    `--block`, and `blocks_help` says which they are. `checked_on_cpu` says what runs without a GPU.
+    `--block`, and `blocks_help` says which they are. `checked_on_cpu` says what runs without a GPU, `figure` is the
+    number of the paper's figure that `--plot` draws. With `has_micro_batches` the stage can be timed in micro-batches.
     """
 
     block: str
@@ -42,6 +43,8 @@ class BlockCommand:
     blocks: Sequence[BlockConfig]
     blocks_help: str
     checked_on_cpu: str
+    figure: int = 13
+    has_micro_batches: bool = False
 
     def register(self, subparsers) -> None:
         """Add the command's parser."""
@@ -72,9 +75,19 @@ class BlockCommand:
         parser.add_argument("--retune", action="store_true", help="search even if a tuned tile is in the cache")
         parser.add_argument("--json", metavar="PATH", help="write meta data and rows as JSON")
         parser.add_argument(
-            "--plot", metavar="PATH", help="draw the results (the paper's figure 13): .png, .svg or .pdf"
+            "--plot",
+            metavar="PATH",
+            help=f"draw the results (the paper's figure {self.figure}): .png, .svg or .pdf",
         )
-        parser.set_defaults(func=partial(run, self))
+        if self.has_micro_batches:
+            parser.add_argument(
+                "--micro-batch",
+                type=_micro_batch,
+                metavar="N|auto",
+                help="time the fused stage also with N images at a time through all eight blocks, or with as many as "
+                "the planner chooses",
+            )
+        parser.set_defaults(func=partial(run, self), micro_batch=None)
 
 
 def run(command: BlockCommand, args: argparse.Namespace) -> int:
@@ -114,6 +127,10 @@ def run(command: BlockCommand, args: argparse.Namespace) -> int:
             f"{ERROR_FACTOR} x eager PyTorch's {row['eager_error']:.1e}"
         )
     return 1 if wrong else 0
+
+
+def _micro_batch(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
 
 
 def _positive(text: str) -> int:

@@ -15,10 +15,12 @@ def block_row(
     eager_us: float | None = None,
     inductor_us: float | None = None,
     fused_us: float | None = None,
+    micro_batched_us: float | None = None,
 ) -> Row:
     """A block's row. Times are in microseconds; what follows from one that was not taken is None.
 
-    OPs, bytes and the limit are those of the plan's program, errors are relative to float64.
+    `micro_batched_us` is that of the fused block when a stage runs in micro-batches. OPs, bytes and the limit are those
+    of the plan's program, errors are relative to float64.
     """
     tflops = None if fused_us is None else plan.ops_count / fused_us / 1e6
     return {
@@ -31,6 +33,7 @@ def block_row(
         "eager_us": eager_us,
         "inductor_us": inductor_us,
         "fused_us": fused_us,
+        "micro_batched_us": micro_batched_us,
         "speedup": None if None in (inductor_us, fused_us) else inductor_us / fused_us,
         "tflops": tflops,
         "pct_peak": None if tflops is None else 100 * tflops * 1e12 / plan.processor.peak_ops,

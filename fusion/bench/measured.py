@@ -19,6 +19,7 @@ from fusion.planner.processor import get_processor
 from fusion.probe import probe_processor
 from fusion.progress import progress_bar
 from fusion.reference import relative_error
+from fusion.stage import FusedStage, MicroBatch
 from fusion.timing import STAGE_DEPTH, graph_us
 from fusion.tuner import tune_blocks
 
@@ -38,13 +39,16 @@ def measure_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, prot
     rows = []
     with torch.no_grad(), progress_bar("timing blocks", len(blocks)) as bar:
         for config, plan in zip(blocks, plans, strict=True):
-            rows.append(measure_block(config, plan))
+            rows.append(measure_block(config, plan, args.micro_batch))
             bar.advance()
     return meta, rows
 
 
-def measure_block(config: BlockConfig, plan: Plan) -> Row:
-    """Time a stage of `STAGE_DEPTH` blocks in three ways and check the fused block against float64."""
+def measure_block(config: BlockConfig, plan: Plan, micro_batch: MicroBatch = None) -> Row:
+    """Time a stage of `STAGE_DEPTH` blocks in three ways and check the fused block against float64.
+
+    With a `micro_batch`, time the fused stage that way too, its blocks planned for so many images.
+    """
     dtype, batch = getattr(torch, plan.shape.dtype), plan.shape.batch
     blocks = [random_block(config, seed) for seed in range(STAGE_DEPTH)]
     eager = nn.Sequential(*(copy.deepcopy(block).to("cuda", dtype) for block in blocks))
@@ -61,9 +65,22 @@ def measure_block(config: BlockConfig, plan: Plan) -> Row:
     error = relative_error(out[some], expected) if out.isfinite().all() else float("nan")
 
     fused_us = graph_us(lambda: fused(x)) / STAGE_DEPTH
+    micro_batched_us = None
+    if micro_batch is not None:
+        stage = FusedStage((block.fused() for block in blocks), micro_batch)
+        micro_batched_us = graph_us(lambda: stage(x)) / STAGE_DEPTH
     eager_us = graph_us(lambda: eager(x)) / STAGE_DEPTH
     inductor_us = graph_us(_inductor(eager, x)) / STAGE_DEPTH
-    return block_row(config, plan, error, eager_error, eager_us=eager_us, inductor_us=inductor_us, fused_us=fused_us)
+    return block_row(
+        config,
+        plan,
+        error,
+        eager_error,
+        eager_us=eager_us,
+        inductor_us=inductor_us,
+        fused_us=fused_us,
+        micro_batched_us=micro_batched_us,
+    )
 
 
 def print_blocks(meta: Row, rows: Sequence[Row], command: BlockCommand) -> None:
@@ -87,6 +104,8 @@ def print_blocks(meta: Row, rows: Sequence[Row], command: BlockCommand) -> None:
     )
     keys = ("channels", "alpha", "hw", "eager_us", "inductor_us", "fused_us", "speedup", "tflops", "pct_peak")
     keys += ("limit_us", "pct_limit", "error", "eager_error", "kernel", "plan")
+    if any(row["micro_batched_us"] is not None for row in rows):
+        columns, keys = (*columns, Column("micro-batched µs", "{:.1f}")), (*keys, "micro_batched_us")
     title = (
         f"{command.title} blocks on {meta['device']}, batch {meta['batch']}, {meta['dtype']}, µs per block; limits at "
         f"{meta['peak_tflops']:.0f} TFLOP/s and {meta['bandwidth_tbs']:.2f} TB/s ({meta['ceilings_source']})"

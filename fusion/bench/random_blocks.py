@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from fusion.bench.blocks import BlockConfig
-from models import ConvFirst, Ffn
+from models import ConvFirst, Ffn, MBConv
 
-MODULES = {"convfirst": ConvFirst, "ffn": Ffn}
+MODULES = {"convfirst": ConvFirst, "ffn": Ffn, "mbconv": MBConv}
 
 
-def random_block(config: BlockConfig, seed: int) -> ConvFirst | Ffn:
+def random_block(config: BlockConfig, seed: int) -> ConvFirst | Ffn | MBConv:
     """A block in eval mode, fp32 on the CPU, whose output has about the scale of its input."""
     generator = torch.Generator().manual_seed(seed)
     block = MODULES[config.block](config.channels, config.channels, expansion=config.alpha).eval()

@@ -13,12 +13,14 @@ from fusion.bench.block_row import Row, block_row
 from fusion.bench.blocks import BlockConfig
 from fusion.bench.random_blocks import random_block
 from fusion.bench.report import Column
-from fusion.planner.families import PORTABLE
+from fusion.planner.families import MBCONV, PORTABLE
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import get_processor
 from fusion.progress import progress_bar
 from fusion.reference import relative_error
 
+INTERPRETED = {"convfirst": PORTABLE, "mbconv": MBCONV}
+"""Kernel families that Triton's interpreter runs, by type of block."""
 CHECKED_PIXELS = 20
 """Height and width of the image: not a multiple of any tile, with pixels on and off the border."""
 
@@ -26,10 +28,10 @@ CHECKED_PIXELS = 20
 def check_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, protocol: str) -> tuple[Row, list[Row]]:
     """Meta data and one row for each block; everything that needs a clock is None.
 
-    ConvFirst's portable kernel runs in Triton's interpreter, which has no other; an FFN's operator computes its
-    reference. Raises ValueError for ConvFirst in bfloat16, whose products the interpreter gets wrong.
+    Portable kernels run in Triton's interpreter, which has no others; an FFN's operator computes its reference. Raises
+    ValueError for those kernels in bfloat16, whose products the interpreter gets wrong.
     """
-    if args.dtype != "float16" and any(config.block == "convfirst" for config in blocks):
+    if args.dtype != "float16" and any(config.block in INTERPRETED for config in blocks):
         raise ValueError(
             f"--dtype {args.dtype} needs a GPU: Triton's interpreter computes wrong products in bfloat16; use float16"
         )
@@ -38,7 +40,8 @@ def check_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, protoc
     rows = []
     with torch.inference_mode(), progress_bar("checking blocks", len(blocks)) as bar:
         for config in blocks:
-            kernel = PORTABLE.name if config.block == "convfirst" else None
+            family = INTERPRETED.get(config.block)
+            kernel = family and family.name
             plan = plan_block(config.graph(args.batch, args.dtype), processor, kernel=kernel)
             rows.append(check_block(config, plan))
             bar.advance()
@@ -51,7 +54,7 @@ def check_block(config: BlockConfig, plan: Plan) -> Row:
     block, dtype = random_block(config, seed=0), getattr(torch, plan.shape.dtype)
     x = torch.randn(1, config.channels, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    out = _interpret(block, plan, x) if plan.family is PORTABLE else block.fused(lambda *_: plan)(x)
+    out = _interpret(block, plan, x) if plan.family in INTERPRETED.values() else block.fused(lambda *_: plan)(x)
     eager = block.to(dtype)(x)
     expected = block.double()(x.double())
     row = block_row(config, plan, relative_error(out, expected), relative_error(eager, expected))
@@ -60,10 +63,17 @@ def check_block(config: BlockConfig, plan: Plan) -> Row:
 
 def _interpret(block: torch.nn.Module, plan: Plan, x: Tensor) -> Tensor:
     out = torch.full_like(x, float("nan"))
-    weights = block.fused().weights
-    packed = kernels.pack(weights, plan.tile, x.dtype, "cpu")
-    sizes = {"hidden_channels": weights.hidden_channels, "activation": "relu", "residual": True}
-    kernels.launch(x, packed, out, plan.tile, **sizes)
+    fused = block.fused()
+    packed = kernels.pack(fused.weights, plan.tile, x.dtype, "cpu")
+    kernels.launch(
+        x,
+        packed,
+        out,
+        plan.tile,
+        hidden_channels=fused.weights.hidden_channels,
+        activation=fused.activation,
+        residual=fused.residual,
+    )
     return out
 
 

@@ -3,15 +3,19 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fusion.planner import ffn_tile, hopper_tile, hopper_time
+from fusion.planner import ffn_tile, hopper_tile, hopper_time, mbconv_tile
 from fusion.planner import tile as portable_tile
 from fusion.planner.ffn_tile import FfnTile
+from fusion.planner.graph import BlockGraph
 from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape
+from fusion.planner.lower import block_fused, two_pass
+from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape, MBConvShape
+from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.processor import Processor
+from fusion.planner.program import Program
 from fusion.planner.tile import ConvFirstTile
 
-Tile = ConvFirstTile | HopperTile | FfnTile
+Tile = ConvFirstTile | HopperTile | FfnTile | MBConvTile
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class KernelFamily:
     block on a processor with any tile, if there are no `candidate_tiles`; `why_invalid` judges one tile. Sizes are
     those of one program, times are in microseconds. `pixel_tile` is the height and width of what a program computes
     together, None if that is not a rectangle. Tiles of the same `design` differ in little: a search tries one of each
-    first.
+    first. `lower` makes the program that the kernel runs, of a graph, a pixel tile and hidden channels. If not
+    `is_repeatable`, sums are formed in any order, and two runs may differ by rounding errors.
     """
 
     name: str
@@ -40,6 +45,8 @@ class KernelFamily:
     programs_per_processor: Callable[[Tile, BlockShape, Processor], int]
     pixel_tile: Callable[[Tile, BlockShape], tuple[int, int] | None]
     design: Callable[[Tile], tuple[int, ...]]
+    lower: Callable[[BlockGraph, tuple[int, int] | None, int | None], Program] = block_fused
+    is_repeatable: bool = True
 
     def ranked_tiles(self, shape: BlockShape, processor: Processor) -> list[Tile]:
         """All valid candidates, the best prediction first."""
@@ -98,7 +105,26 @@ FFN = KernelFamily(
     design=lambda tile: (tile.blocks, tile.hidden, tile.x_in_registers),
 )
 
-FAMILIES = (HOPPER, PORTABLE, FFN)
+MBCONV = KernelFamily(
+    name="mbconv",
+    title="portable kernels",
+    shape_type=MBConvShape,
+    tile_type=MBConvTile,
+    why_unsupported=mbconv_tile.why_unsupported,
+    why_none=mbconv_tile.why_none,
+    why_invalid=mbconv_tile.why_invalid,
+    candidate_tiles=mbconv_tile.candidate_tiles,
+    predicted_us=mbconv_tile.predicted_us,
+    local_memory_bytes=mbconv_tile.local_memory_bytes,
+    estimated_registers=mbconv_tile.estimated_registers,
+    programs_per_processor=mbconv_tile.programs_per_processor,
+    pixel_tile=lambda tile, shape: (tile.height, tile.width),
+    design=mbconv_tile.design,
+    lower=two_pass,
+    is_repeatable=False,
+)
+
+FAMILIES = (HOPPER, PORTABLE, FFN, MBCONV)
 """The planner takes the first one of a block's shape that has a valid tile."""
 
 

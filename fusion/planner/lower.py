@@ -1,6 +1,7 @@
 """Lowering: from a block's graph to candidate tensor-machine programs, by structure alone."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from fusion.planner.graph import BlockGraph, Op, OpKind, Tensor
 from fusion.planner.program import Kernel, Loop, Memory, Program
@@ -61,6 +62,53 @@ def block_fused(
     return _fused_over_pixels(graph, hidden, pixel_tile, hidden_tile)
 
 
+def two_pass(graph: BlockGraph, pixel_tile: tuple[int, int] | None = None, hidden_tile: int | None = None) -> Program:
+    """The block as two kernels that meet where something is summed over all hidden channels, like a squeeze vector.
+
+    The first kernel runs all ops up to that sum: processors divide pixels, in tiles of ``pixel_tile`` = (height,
+    width), and hidden channels, ``hidden_tile`` at a time. The second one runs the rest: processors divide pixels, and
+    each loops over all hidden channels. Tensors between the two are in global memory: only the block's inputs, weights
+    and outputs are in DRAM, but what both kernels read, such as the input of a residual, is read twice.
+
+    Tile sizes left out stay open, and OPs that are repeated where pixel tiles overlap are not counted, as in
+    `block_fused`. Raises ValueError for a block that sums nothing over its hidden channels before the last product.
+    """
+    hidden = _hidden_ops(graph)
+    split = next((op for op in _channel_sums(hidden) if op is not hidden[-1]), None)
+    if split is None:
+        raise ValueError(
+            f"{graph.name!r} sums nothing over its hidden channels before the last product; use the fused program"
+        )
+    if hidden_tile is not None:
+        _check_groups(hidden, hidden_tile)
+    position = graph.ops.index(split) + 1
+    first, second = graph.ops[:position], graph.ops[position:]
+    y = next(tensor for op in second for tensor in op.inputs if tensor.layout == "NHWC" and tensor not in graph.inputs)
+    weights = tuple(weight.name for op in second for weight in op.weights)
+    height, width = pixel_tile or (None, None)
+    produced = (("N", 1), ("H", height), ("W", width), ("C", hidden_tile))
+    projected = (("N", 1), ("H", None), ("W", None))
+    walk = Loop(y.name, (("C", None),), weights)
+    kernels = (
+        _pass(graph, "produce", first, Loop(y.name, produced), ()),
+        _pass(graph, "project", second, Loop(graph.outputs[0].name, projected), (walk,)),
+    )
+    return Program("two-pass", graph, kernels)
+
+
+def _pass(graph: BlockGraph, name: str, ops: tuple[Op, ...], partition: Loop, loops: tuple[Loop, ...]) -> Kernel:
+    """One of several kernels that leave each other tensors in global memory."""
+    placement = _placement(graph, ops)
+    for tensor, memory in placement.items():
+        is_between = graph.producer(tensor) is not None and tensor not in graph.outputs
+        if memory is Memory.DRAM and is_between:
+            placement[tensor] = Memory.GLOBAL
+    in_loops = {stream for loop in loops for stream in loop.streams}
+    streams = tuple(stream for stream in _streams(placement, ops) if stream not in in_loops)
+    partition = replace(partition, streams=streams)
+    return Kernel(name, ops, tuple(placement.items()), graph.element_size, partition, loops)
+
+
 def _fused_over_pixels(
     graph: BlockGraph, hidden: tuple[Op, ...], pixel_tile: tuple[int, int] | None, hidden_tile: int | None
 ) -> Program:
@@ -78,22 +126,38 @@ def _fused_over_pixels(
 
 def _fused_over_channels(graph: BlockGraph, hidden: tuple[Op, ...], hidden_tile: int | None) -> Program:
     placement = _placement(graph, graph.ops)
-    # Channel groups travel through the block as columns and rows of a matrix product do: a dense op that reads whole
-    # tensors leaves its output divided, one that reads divided tensors leaves partial sums of the whole.
+    for op in _channel_sums(hidden):
+        if placement[op.output] is Memory.LOCAL:
+            placement[op.output] = Memory.GLOBAL
+    if hidden_tile is not None:
+        _check_groups(hidden, hidden_tile)
+    partition = Loop(hidden[0].output.name, (("N", 1), ("C", hidden_tile)), _streams(placement, graph.ops))
+    return _single_kernel(graph, placement, partition, ())
+
+
+def _channel_sums(hidden: tuple[Op, ...]) -> list[Op]:
+    """The hidden ops that leave partial sums where processors divide the hidden channels.
+
+    Channel groups travel through the block as columns and rows of a matrix product do: a dense op that reads whole
+    tensors leaves its output divided, one that reads divided tensors leaves partial sums of the whole.
+    """
     divided: set[Tensor] = set()
+    sums = []
     for op in hidden:
         reads_divided = not divided.isdisjoint(op.inputs)
         if op.is_dense and reads_divided:
-            if placement[op.output] is Memory.LOCAL:
-                placement[op.output] = Memory.GLOBAL
+            sums.append(op)
         elif op.is_dense or reads_divided:
             divided.add(op.output)
-            if op.kind is OpKind.CONV and not op.is_dense and hidden_tile is not None and hidden_tile % op.group_width:
-                raise ValueError(
-                    f"hidden_tile={hidden_tile} splits a group of {op.name!r}; use a multiple of {op.group_width}"
-                )
-    partition = Loop(hidden[0].output.name, (("N", 1), ("C", hidden_tile)), _streams(placement, graph.ops))
-    return _single_kernel(graph, placement, partition, ())
+    return sums
+
+
+def _check_groups(hidden: tuple[Op, ...], hidden_tile: int) -> None:
+    for op in hidden:
+        if op.kind is OpKind.CONV and not op.is_dense and hidden_tile % op.group_width:
+            raise ValueError(
+                f"hidden_tile={hidden_tile} splits a group of {op.name!r}; use a multiple of {op.group_width}"
+            )
 
 
 def _single_kernel(

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from fusion.planner.families import KernelFamily, Tile, families_of, family_named, family_of
 from fusion.planner.graph import BlockGraph
-from fusion.planner.lower import block_fused, layerwise
-from fusion.planner.match import BlockShape, match_convfirst, match_ffn
+from fusion.planner.lower import layerwise
+from fusion.planner.match import BlockShape, match_convfirst, match_ffn, match_mbconv
 from fusion.planner.processor import Processor, get_processor
 from fusion.planner.program import Program
 from fusion.planner.waterline import analyze
@@ -120,12 +120,13 @@ def ranked_tiles(shape: BlockShape, processor: Processor, kernel: str | None = N
 
 def block_shape(graph: BlockGraph) -> BlockShape:
     """The shape of a block that a fused kernel runs. Raises PlanError if none does."""
-    shape = match_convfirst(graph) or match_ffn(graph)
+    shape = match_convfirst(graph) or match_ffn(graph) or match_mbconv(graph)
     if shape is None:
         raise PlanError(
             f"no fused kernel runs the block {graph.name!r} ({', '.join(op.name for op in graph.ops)}); supported is "
-            "ConvFirst with stride 1: a grouped 3x3 convolution, expand, ReLU or SiLU, project; and FFN: expand, ReLU, "
-            "project; run it layer by layer"
+            "ConvFirst with stride 1: a grouped 3x3 convolution, expand, ReLU or SiLU, project; FFN: expand, ReLU, "
+            "project; and MBConv with stride 1: expand, ReLU or SiLU, a grouped 3x3 convolution, the same activation, "
+            "squeeze-and-excitation, project; run it layer by layer"
         )
     reasons = [family.why_unsupported(shape) for family in families_of(shape)]
     if all(reasons):
@@ -166,7 +167,7 @@ def plan_block(
             Rejection(other.title, f"{_prediction(best, shape, processor)} at best") for other, (best, *_) in others
         ]
     family = family_of(tile)
-    program = block_fused(graph, family.pixel_tile(tile, shape), tile.hidden)
+    program = family.lower(graph, family.pixel_tile(tile, shape), tile.hidden)
     return Plan(program, shape, tile, processor, why, tuple(rejected))
 
 

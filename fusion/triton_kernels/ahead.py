@@ -2,7 +2,7 @@
 
 `python -m fusion.triton_kernels.ahead --block 64,6,64 --capability 8.0 9.0` prints registers, spills, shared memory and
 matrix instructions of each combination; `--hopper-tile 64,64,2,2,1,64,0` does so for the Hopper kernel, and
-`--ffn-tile 2,64,2,4,4,1` for that of the FFN.
+`--ffn-tile 2,64,2,4,4,1` for that of the FFN. `--block mbconv:128,4,16` compiles the two kernels of an MBConv block.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -22,17 +22,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fusion.planner import ffn_tile, hopper_tile
-from fusion.planner.blocks import convfirst, ffn
-from fusion.planner.families import Tile
+from fusion.planner import ffn_tile, hopper_tile, mbconv_tile
+from fusion.planner.blocks import convfirst, ffn, mbconv
+from fusion.planner.families import MBCONV, Tile
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import WARPS, HopperTile
-from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape
+from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape, MBConvShape
+from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.plan import block_shape, plan_block
 from fusion.planner.tile import ConvFirstTile, why_unsupported
 from fusion.triton_kernels import convfirst as portable
 from fusion.triton_kernels import convfirst_hopper as hopper
 from fusion.triton_kernels import ffn_hopper
+from fusion.triton_kernels import mbconv as mbconv_kernels
 from fusion.triton_kernels.convfirst import convfirst_kernel
 from fusion.triton_kernels.convfirst_hopper import convfirst_hopper_kernel
 from fusion.triton_kernels.hopper_layouts import box_layout, flat_layout
@@ -47,6 +49,8 @@ PROCESSOR_OF_CAPABILITY = {
 }
 """For whom the tile is planned: an older processor with the same local memory where the planner knows none."""
 TYPES = {"float16": "fp16", "bfloat16": "bf16"}
+Block = tuple[str, int, int, int]
+"""Type, channels, expansion, height = width."""
 POINTER_ALIGNMENT = 16
 """Of PyTorch's allocations, in bytes. The compiler must know it to load and copy 16 bytes at a time."""
 WARP_SIZE = 32
@@ -145,6 +149,48 @@ def compile_ffn_hopper(shape: FfnShape, tile: FfnTile) -> Resources:
     return _compile(GluonASTSource, ffn_hopper.ffn_hopper_kernel, signature, values, capability, options)
 
 
+def compile_mbconv(
+    shape: MBConvShape, tile: MBConvTile, compute_capability: tuple[int, int] = (9, 0), *, ordered: bool = False
+) -> dict[str, Resources]:
+    """Compile the two MBConv kernels for a block, a tile and a compute capability, by name; no GPU is needed.
+
+    Raises ValueError for a block that no tile runs and for a malformed tile, and RuntimeError under TRITON_INTERPRET=1.
+    """
+    _refuse_interpreter()
+    _refuse(
+        shape,
+        mbconv_tile.why_unsupported(shape)
+        or mbconv_tile.why_malformed(tile)
+        or mbconv_tile.why_splits_groups(tile, shape.group_width),
+    )
+    image, options = (shape.height, shape.width), {"ordered": ordered, "tile": tile}
+    produce = mbconv_kernels.produce_constants(
+        *image,
+        shape.in_channels,
+        shape.hidden_channels,
+        shape.squeeze_channels,
+        activation=shape.activation,
+        **options,
+    )
+    project = mbconv_kernels.project_constants(
+        *image,
+        shape.hidden_channels,
+        shape.out_channels,
+        shape.squeeze_channels,
+        residual=shape.residual,
+        **options,
+    )
+    compiled = {}
+    for name, kernel, values, warps in (
+        ("produce", mbconv_kernels.produce_kernel, produce, tile.warps),
+        ("project", mbconv_kernels.project_kernel, project, tile.project_warps),
+    ):
+        signature = {argument: _argument_type(argument, values, shape.dtype) for argument in kernel.arg_names}
+        signature["squeezed_ptr"] = "*fp32"
+        compiled[name] = _compile(ASTSource, kernel, signature, values, compute_capability, {"num_warps": warps})
+    return compiled
+
+
 def _refuse_interpreter() -> None:
     if not isinstance(convfirst_kernel, triton.JITFunction):
         raise RuntimeError(
@@ -217,33 +263,48 @@ def _dump(cubin: bytes, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _compile_row(
-    block: tuple[int, int, int], dtype: str, capability: tuple[int, int], tile: Tile | None
-) -> dict[str, object]:
-    channels, expansion, size = block
-    constructor = ffn if isinstance(tile, FfnTile) else convfirst
+def _compile_rows(
+    block: Block, dtype: str, capability: tuple[int, int], tile: Tile | None
+) -> Iterator[dict[str, object]]:
+    """A row for every kernel of a block. The type of a tile, if given, is that of the block too."""
+    name, channels, expansion, size = block
+    name = {FfnTile: "ffn", MBConvTile: "mbconv"}.get(type(tile), name)
+    constructor = {"convfirst": convfirst, "ffn": ffn, "mbconv": mbconv}[name]
     graph = constructor(128, size, size, channels, expansion, dtype=dtype)
     if tile is None:
-        tile = plan_block(graph, PROCESSOR_OF_CAPABILITY[capability]).tile
+        kernel = MBCONV.name if name == "mbconv" else None
+        tile = plan_block(graph, PROCESSOR_OF_CAPABILITY[capability], kernel=kernel).tile
     shape = block_shape(graph)
     if isinstance(tile, HopperTile):
-        resources = compile_convfirst_hopper(shape, tile)
+        kernels = {"convfirst_hopper": compile_convfirst_hopper(shape, tile)}
     elif isinstance(tile, FfnTile):
-        resources = compile_ffn_hopper(shape, tile)
+        kernels = {"ffn_hopper": compile_ffn_hopper(shape, tile)}
+    elif isinstance(tile, MBConvTile):
+        kernels = compile_mbconv(shape, tile, capability)
     else:
-        resources = compile_convfirst(shape, tile, capability)
-    return {"block": block, "capability": capability, "tile": tile.to_ints(), **asdict(resources)}
+        kernels = {"convfirst": compile_convfirst(shape, tile, capability)}
+    for kernel, resources in kernels.items():
+        yield {
+            "block": block[1:],
+            "kernel": kernel,
+            "capability": capability,
+            "tile": tile.to_ints(),
+            **asdict(resources),
+        }
 
 
 def _ints(text: str, separator: str = ",") -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(separator))
 
 
-def _block(text: str) -> tuple[int, ...]:
-    block = _ints(text)
-    if len(block) != 3:
-        raise argparse.ArgumentTypeError(f"a block is CHANNELS,EXPANSION,SIZE, got {text!r}")
-    return block
+def _block(text: str) -> Block:
+    name, colon, sizes = text.rpartition(":")
+    block = _ints(sizes)
+    if len(block) != 3 or (colon and name not in ("convfirst", "mbconv")):
+        raise argparse.ArgumentTypeError(
+            f"a block is CHANNELS,EXPANSION,SIZE, after convfirst: or mbconv: if you like, got {text!r}"
+        )
+    return name or "convfirst", *block
 
 
 def _tile(text: str, tile_type: type[Tile], count: str) -> Tile:
@@ -277,24 +338,29 @@ def _cell(value: object) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile every block for every compute capability and print a table, or JSON, with a row for each."""
     parser = argparse.ArgumentParser(prog="python -m fusion.triton_kernels.ahead", description=main.__doc__)
-    parser.add_argument("--block", type=_block, nargs="+", required=True, metavar="CHANNELS,EXPANSION,SIZE")
+    parser.add_argument("--block", type=_block, nargs="+", required=True, metavar="[TYPE:]CHANNELS,EXPANSION,SIZE")
     parser.add_argument("--capability", type=_capability, nargs="+", default=[(9, 0)], metavar="MAJOR.MINOR")
     parser.add_argument("--dtype", choices=TYPES, default="float16")
-    tile = parser.add_mutually_exclusive_group()
-    tile.add_argument(
+    tiles = parser.add_mutually_exclusive_group()
+    tiles.add_argument(
         "--tile",
         type=partial(_tile, tile_type=ConvFirstTile, count="5 to 7"),
         help="fields of ConvFirstTile with commas; default: the planner's choice",
     )
-    tile.add_argument(
+    tiles.add_argument(
         "--hopper-tile",
         type=partial(_tile, tile_type=HopperTile, count="7"),
         help="fields of HopperTile with commas: compile the Hopper kernel",
     )
-    tile.add_argument(
+    tiles.add_argument(
         "--ffn-tile",
         type=partial(_tile, tile_type=FfnTile, count="6"),
         help="fields of FfnTile with commas: compile the FFN kernel",
+    )
+    tiles.add_argument(
+        "--mbconv-tile",
+        type=partial(_tile, tile_type=MBConvTile, count="13"),
+        help="fields of MBConvTile with commas: compile the MBConv kernels",
     )
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     options = parser.parse_args(arguments)
@@ -302,9 +368,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if for_hopper and any(capability != hopper_tile.COMPUTE_CAPABILITY for capability in options.capability):
         option = "--hopper-tile" if options.hopper_tile else "--ffn-tile"
         parser.error(f"{option} is for compute capability 9.0 only, leave --capability out")
+    tile = for_hopper or options.tile or options.mbconv_tile
     rows = [
-        _compile_row(block, options.dtype, capability, for_hopper or options.tile)
+        row
         for block, capability in product(options.block, options.capability)
+        for row in _compile_rows(block, options.dtype, capability, tile)
     ]
     print(json.dumps(rows) if options.json else _table(rows))
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from fusion import kernels, reference
 from fusion.ffn_weights import FfnWeights
 from fusion.kernels import Weights
-from fusion.planner.families import Tile, family_named
-from fusion.planner.match import BlockShape, ConvFirstShape
+from fusion.mbconv_weights import MBConvWeights
+from fusion.planner.families import Tile, family_named, family_of
+from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape, MBConvShape
 from fusion.reference import ERROR_FACTOR, relative_error
 from fusion.timing import STAGE_DEPTH, graph_us
 from fusion.weights import ConvFirstWeights
@@ -68,16 +69,24 @@ class Bench:
     def error(self, tile: Tile) -> float:
         """Relative error of the first and last images.
 
-        Infinite if any element is not written, is not finite, or is another one in a second run: that is a race.
+        Infinite if any element is not written, is not finite, or is another one in a second run: that is a race. Where
+        a kernel sums in any order, two runs may differ, but by no more than eager PyTorch's error.
         """
         run = self._run(self.weights[0], tile)
         out, again = self._empty_output(), self._empty_output()
         run(self.x, out)
         run(self.x, again)
-        if not (out.isfinite().all() and torch.equal(out, again)):
+        if not (out.isfinite().all() and again.isfinite().all() and self._agree(out, again, tile)):
             return float("inf")
         checked = torch.cat([out[: CHECKED_IMAGES // 2], out[-(CHECKED_IMAGES // 2) :]])
         return relative_error(checked, self.expected)
+
+    def _agree(self, out: Tensor, again: Tensor, tile: Tile) -> bool:
+        if family_of(tile).is_repeatable:
+            return torch.equal(out, again)
+        # Image by image: a race in one must not drown in all.
+        difference, size = (t.double().flatten(1).norm(dim=1) for t in (out - again, out))
+        return bool((difference <= self.eager_error * size).all())
 
     def us(self, tile: Tile) -> float:
         """Microseconds a block of a stage of `STAGE_DEPTH` blocks."""
@@ -116,10 +125,12 @@ class Bench:
 
     def _reference(self, x: Tensor) -> Tensor:
         weights, rest = self.weights[0], (self.shape.activation, self.shape.residual)
-        ffn = (w.to(x.device) for w in (weights.expand, weights.expand_bias, weights.project, weights.project_bias))
+        tensors = (tensor.to(x.device) for tensor in vars(weights).values())
         if isinstance(weights, FfnWeights):
-            return reference.ffn(x, *ffn, *rest)
-        return reference.convfirst(x, weights.conv.to(x.device), *ffn, *rest)
+            return reference.ffn(x, *tensors, *rest)
+        if isinstance(weights, MBConvWeights):
+            return reference.mbconv(x, *tensors, *rest)
+        return reference.convfirst(x, *tensors, *rest)
 
 
 def random_weights(shape: BlockShape, generator: torch.Generator) -> Weights:
@@ -128,8 +139,7 @@ def random_weights(shape: BlockShape, generator: torch.Generator) -> Weights:
     def normal(*size: int, fan_in: float) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64) / fan_in**0.5
 
-    is_convfirst, hidden = isinstance(shape, ConvFirstShape), shape.hidden_channels
-    conv = (normal(shape.in_channels, shape.group_width, 3, 3, fan_in=9 * shape.group_width),) if is_convfirst else ()
+    hidden = shape.hidden_channels
     ffn = FfnWeights(
         expand=normal(hidden, shape.in_channels, fan_in=shape.in_channels),
         expand_bias=normal(hidden, fan_in=10),
@@ -137,7 +147,21 @@ def random_weights(shape: BlockShape, generator: torch.Generator) -> Weights:
         project=normal(shape.out_channels, hidden, fan_in=8 * hidden),
         project_bias=normal(shape.out_channels, fan_in=100),
     )
-    return ConvFirstWeights(*conv, **vars(ffn)) if is_convfirst else ffn
+    if isinstance(shape, FfnShape):
+        return ffn
+    convolved = hidden if isinstance(shape, MBConvShape) else shape.in_channels
+    conv = normal(convolved, shape.group_width, 3, 3, fan_in=9 * shape.group_width)
+    if isinstance(shape, ConvFirstShape):
+        return ConvFirstWeights(conv, **vars(ffn))
+    return MBConvWeights(
+        **vars(ffn),
+        conv=conv,
+        conv_bias=normal(hidden, fan_in=10),
+        squeeze=normal(shape.squeeze_channels, hidden, fan_in=hidden),
+        squeeze_bias=normal(shape.squeeze_channels, fan_in=10),
+        excite=normal(hidden, shape.squeeze_channels, fan_in=shape.squeeze_channels),
+        excite_bias=normal(hidden, fan_in=10),
+    )
 
 
 def answer(shape: dict, kernel: str, tile: list[int], compile_only: bool, device: str) -> dict:

@@ -2,11 +2,12 @@ from itertools import islice, pairwise
 
 import pytest
 
-from fusion.planner.blocks import convfirst, ffn
-from fusion.planner.families import FFN, HOPPER, PORTABLE, families_of, family_named, family_of
+from fusion.planner.blocks import convfirst, ffn, mbconv
+from fusion.planner.families import FFN, HOPPER, MBCONV, PORTABLE, families_of, family_named, family_of
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.match import match_convfirst, match_ffn
+from fusion.planner.match import match_convfirst, match_ffn, match_mbconv
+from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.processor import PROCESSORS
 from fusion.planner.tile import ConvFirstTile
 
@@ -29,6 +30,14 @@ SHAPES += [
         ((1, 8, 8, 4096, 1), {}),
     )
 ]
+SHAPES += [
+    match_mbconv(mbconv(*sizes, **options))
+    for sizes, options in (
+        ((128, 16, 16, 128, 4), {}),
+        ((4, 19, 23, 144, 3), {"out_channels": 24, "activation": "relu"}),
+        ((1, 8, 8, 24, 2), {"group_width": 24}),
+    )
+]
 CASES = [(family, shape) for shape in SHAPES for family in families_of(shape)]
 
 
@@ -36,6 +45,7 @@ def test_a_tile_knows_its_family_and_a_name_finds_it():
     assert family_of(HopperTile(64, 64, 2, 2, 1, 64, 0)) is HOPPER is family_named("convfirst_hopper")
     assert family_of(ConvFirstTile(8, 16, 32, 32, 4)) is PORTABLE is family_named("convfirst")
     assert family_of(FfnTile(2, 64, 2, 4, 4, 1)) is FFN is family_named("ffn_hopper")
+    assert family_of(MBConvTile(1, 4, 8, 32, 16, 16, 2, 2, 32, 16, 64, 2, 2)) is MBCONV is family_named("mbconv")
     with pytest.raises(ValueError, match="kernel 'fast' is unknown; use one of convfirst_hopper, convfirst, ffn"):
         family_named("fast")
     with pytest.raises(TypeError, match="None is not a tile; use a HopperTile or a ConvFirstTile or a FfnTile"):
@@ -56,7 +66,7 @@ def test_a_family_has_candidates_or_a_reason(family, shape, processor):
         assert family.programs_per_processor(tile, shape, processor) >= 1
 
 
-@pytest.mark.parametrize("family", [HOPPER, PORTABLE, FFN], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [HOPPER, PORTABLE, FFN, MBCONV], ids=lambda family: family.name)
 def test_tiles_are_ranked_by_prediction(family):
     shape = next(shape for shape in SHAPES if isinstance(shape, family.shape_type))
     tiles = family.ranked_tiles(shape, PROCESSORS["h200"])

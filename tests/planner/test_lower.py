@@ -2,7 +2,7 @@ import pytest
 
 from fusion.planner.blocks import conv, convfirst, ffn, mbconv
 from fusion.planner.graph import BlockGraph, OpKind, make_op
-from fusion.planner.lower import block_fused, layerwise
+from fusion.planner.lower import block_fused, layerwise, two_pass
 from fusion.planner.program import Memory
 
 
@@ -77,6 +77,34 @@ def test_mbconv_divides_hidden_channels_and_meets_in_global_memory():
     (kernel,) = program.kernels
     assert (kernel.partition.tensor, kernel.partition.dims) == ("expand.out", (("N", 1), ("C", 64)))
     assert kernel.loops == ()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_two_passes_meet_in_global_memory(stride, residual):
+    graph = mbconv(2, 16, 16, 32, 4, stride=stride, residual=residual and stride == 1)
+    program = two_pass(graph, pixel_tile=(8, 16), hidden_tile=64)
+    produce, project = program.kernels
+    assert [op.name for op in produce.ops][-1] == "squeeze" and project.ops[0].name == "squeeze_activation"
+    y = "conv_activation.out" if stride == 1 else "blurpool.out"
+    for kernel in program.kernels:
+        assert {tensor.name for tensor, memory in kernel.placement if memory is Memory.GLOBAL} == {y, "squeeze.out"}
+    assert produce.partition.dims == (("N", 1), ("H", 8), ("W", 16), ("C", 64))
+    assert produce.partition.streams == ("x", "expand.weight", "conv.weight", "squeeze.weight")
+    assert [(loop.tensor, loop.streams) for loop in project.loops] == [(y, ("excite.weight", "project.weight"))]
+    assert program.ops_count == graph.ops_count
+    # The fused program reads the input once, for the residual too.
+    again = graph.inputs[0].size if residual and stride == 1 else 0
+    assert program.bytes == block_fused(graph).bytes + 2 * again
+    assert project.partition.streams == (("x",) if again else ())
+
+
+def test_blocks_that_have_no_two_passes():
+    for graph in (convfirst(1, 8, 8, 16, 2), ffn(1, 8, 8, 16, 2), conv(1, 8, 8, 16)):
+        with pytest.raises(ValueError, match="sums nothing over its hidden channels before the last product; use the"):
+            two_pass(graph)
+    with pytest.raises(ValueError, match="hidden_tile=12 splits a group of 'conv'; use a multiple of 8"):
+        two_pass(mbconv(1, 16, 16, 32, 4), hidden_tile=12)
 
 
 def test_tiles_must_suit_the_block():

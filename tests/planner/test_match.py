@@ -1,16 +1,82 @@
 import pytest
 
-from fusion.planner.blocks import convfirst, ffn
-from fusion.planner.graph import ELEMENT_SIZE
+from fusion.planner.blocks import conv, convfirst, ffn, mbconv
+from fusion.planner.graph import ELEMENT_SIZE, BlockGraph, OpKind, make_op
 from fusion.planner.lower import block_fused
+from fusion.planner.match import MBConvShape, match_mbconv
 from fusion.planner.plan import block_shape
 
 
 @pytest.mark.parametrize(
-    "graph", [convfirst(3, 9, 13, 24, 4), convfirst(2, 8, 8, 16, 3, out_channels=40), ffn(3, 9, 13, 72, 2)]
+    "graph",
+    [
+        convfirst(3, 9, 13, 24, 4),
+        convfirst(2, 8, 8, 16, 3, out_channels=40),
+        ffn(3, 9, 13, 72, 2),
+        mbconv(3, 9, 13, 24, 2, out_channels=40),
+    ],
+    ids=lambda graph: graph.name,
 )
 def test_activations_are_what_the_fused_program_moves_besides_weights(graph):
     shape = block_shape(graph)
     weights = sum(weight.size for op in graph.ops for weight in op.weights) * ELEMENT_SIZE[graph.dtype]
     moved = block_fused(graph).bytes
     assert shape.pixels * shape.pixel_bytes + weights == moved
+
+
+def test_mbconv():
+    graph = mbconv(
+        2, 5, 7, 24, 3, out_channels=40, group_width=4, squeeze_channels=3, activation="relu", dtype="bfloat16"
+    )
+    shape = MBConvShape(2, 5, 7, 24, 72, 40, 3, 4, "relu", residual=False, dtype="bfloat16")
+    assert match_mbconv(graph) == shape
+    assert match_mbconv(mbconv(1, 8, 8, 16, 4)) == MBConvShape(1, 8, 8, 16, 64, 16, 4, 8, "silu", True, "float16")
+    assert match_mbconv(mbconv(1, 8, 8, 16, 4, kernel_size=5)).kernel_size == 5
+    assert (shape.pixels, shape.pixel_bytes) == (2 * 5 * 7, 2 * (24 + 40))
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [mbconv(1, 8, 8, 16, 4, stride=2), convfirst(1, 8, 8, 16, 4), ffn(1, 8, 8, 16, 4), conv(1, 8, 8, 16)],
+    ids=lambda graph: graph.name,
+)
+def test_other_blocks_are_no_mbconv(graph):
+    assert match_mbconv(graph) is None
+
+
+def edited(graph, **replacements):
+    """The graph with ops of other kinds, by name."""
+    tensors = {tensor: tensor for tensor in graph.inputs}
+    ops = []
+    for op in graph.ops:
+        kind = replacements.get(op.name, op.kind)
+        ops.append(make_op(kind, op.name, tuple(tensors[tensor] for tensor in op.inputs), op.weights, op.stride))
+        tensors[op.output] = ops[-1].output
+    return BlockGraph(graph.name, tuple(ops), graph.inputs, (ops[-1].output,), graph.dtype)
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("expand_activation", OpKind.RELU),
+        ("conv_activation", OpKind.SIGMOID),
+        ("squeeze_activation", OpKind.SILU),
+        ("excite_activation", OpKind.RELU),
+    ],
+)
+def test_mbconv_has_certain_activations(name, kind):
+    graph = mbconv(1, 8, 8, 16, 4)
+    assert edited(graph) == graph
+    assert match_mbconv(edited(graph, **{name: kind})) is None
+
+
+def test_the_gate_is_of_the_convolution_and_the_residual_of_the_input():
+    graph = mbconv(1, 8, 8, 16, 1)
+    h, gate = graph.op("expand_activation").output, graph.op("excite_activation").output
+    *before, _, project, _ = graph.ops
+    wrong_gate = make_op(OpKind.MULTIPLY, "gate", (h, gate))
+    wrong_residual = make_op(OpKind.ADD, "residual", (h, project.output))
+    ops = (*before, wrong_gate, *graph.ops[-2:])
+    assert match_mbconv(BlockGraph("mbconv", ops, graph.inputs, graph.outputs)) is None
+    ops = (*graph.ops[:-1], wrong_residual)
+    assert match_mbconv(BlockGraph("mbconv", ops, graph.inputs, (wrong_residual.output,))) is None

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from fusion.planner.blocks import convfirst, mbconv
-from fusion.planner.families import HOPPER, PORTABLE
+from fusion.planner.families import HOPPER, MBCONV, PORTABLE
 from fusion.planner.hopper_tile import HopperTile
+from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.plan import PlanError, plan_block, ranked_tiles
 from fusion.planner.processor import PROCESSORS
 from fusion.planner.tile import ConvFirstTile
@@ -157,20 +158,40 @@ def test_a_plan_prints_itself_and_its_tile_can_be_pasted_back(kernel):
     "graph, message",
     [
         (
-            mbconv(1, 8, 8, 16, 2),
-            r"no fused kernel runs the block 'mbconv' .*supported is ConvFirst with stride 1.*run it",
+            mbconv(1, 8, 8, 16, 2, stride=2),
+            r"no fused kernel runs the block 'mbconv' .*supported is ConvFirst.*MBConv with stride 1.*run it",
         ),
         (convfirst(1, 8, 8, 16, 2, stride=2), r"no fused kernel runs the block 'convfirst' .*blurpool.*stride 1"),
         (convfirst(1, 8, 8, 16, 2, dtype="float32"), "dtype float32 is not supported, use one of float16, bfloat16"),
         (convfirst(1, 8, 8, 16, 2, kernel_size=5), "kernel size 5 is not supported, use 3"),
         (convfirst(1, 8, 8, 12, 2, group_width=4), "in_channels=12 is not supported, use a multiple of 8"),
+        (mbconv(1, 8, 8, 12, 2, group_width=4), "in_channels=12 is not supported, use a multiple of 8"),
+        (mbconv(1, 8, 8, 24, 1, group_width=24), "group width 24 is not supported, use a power of two up to 64"),
         (convfirst(1, 8, 8, 4096, 1), "no tile fits .*run the block layer by layer"),
     ],
-    ids=["mbconv", "stride", "dtype", "kernel", "channels", "huge"],
+    ids=["mbconv", "stride", "dtype", "kernel", "channels", "mbconv-channels", "mbconv-groups", "huge"],
 )
 def test_blocks_that_no_kernel_runs(graph, message):
     with pytest.raises(PlanError, match=message):
         plan_block(graph)
+
+
+@pytest.mark.parametrize("processor", ["a5000", "a100", "b200"])
+def test_mbconv_runs_as_two_kernels(processor):
+    graph = mbconv(128, 16, 16, 128, 4)
+    plan = plan_block(graph, processor, kernel="mbconv")
+    assert (plan.family, type(plan.tile)) == (MBCONV, MBConvTile)
+    assert [kernel.name for kernel in plan.program.kernels] == ["produce", "project"]
+    produce = plan.program.kernels[0].partition
+    assert produce.dims[1:] == (("H", plan.tile.height), ("W", plan.tile.width), ("C", plan.tile.hidden))
+    assert plan.predicted_us >= plan.limit_us
+    text = str(plan)
+    assert "two-pass mbconv (float16), 2 kernels" in text
+    assert "rejected layerwise program: 7 kernels move" in text
+    (line,) = (line.strip() for line in text.splitlines() if line.startswith("  MBConvTile("))
+    assert plan_block(graph, processor, eval(line)).tile == plan.tile
+    with pytest.raises(PlanError, match="is for other blocks than MBConvShape"):
+        plan_block(graph, processor, ConvFirstTile(4, 8, 16, 16, 1))
 
 
 def test_errors_of_arguments():

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fusion.planner import ffn_tile, hopper_tile
-from fusion.planner.blocks import convfirst, ffn
+from fusion.planner import ffn_tile, hopper_tile, mbconv_tile
+from fusion.planner.blocks import convfirst, ffn, mbconv
 from fusion.planner.ffn_tile import BLOCK_PIXELS, PARTITIONS, FfnTile
 from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.match import match_convfirst, match_ffn
+from fusion.planner.match import match_convfirst, match_ffn, match_mbconv
+from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
 from fusion.planner.tile import (
@@ -178,6 +179,22 @@ def test_resources_of_the_ffn_kernel(block, tile, dtype):
     assert 0 <= estimate - row["shared_bytes"] < ffn_tile.COMPILER_BYTES
 
 
+def test_resources_of_the_mbconv_kernels():
+    """Without spills, on tensor cores, and in no more shared memory than the planner counts."""
+    tile = MBConvTile(32, 16, 16, 64, 32, 32, 8, 3, 64, 32, 128, 4, 3)
+    options = ["--capability", "8.0", "9.0", "--mbconv-tile", ",".join(map(str, tile.to_ints()))]
+    rows = json.loads(run_main("--json", "--block", "mbconv:128,4,16", *options))
+    compiled = [(row["kernel"], tuple(row["capability"])) for row in rows]
+    assert compiled == [(kernel, capability) for capability in ((8, 0), (9, 0)) for kernel in ("produce", "project")]
+    shape = match_mbconv(mbconv(128, 16, 16, 128, 4))
+    for row, (_, capability) in zip(rows, compiled, strict=True):
+        check_instructions(row, capability)
+        assert row["stack_bytes"] == 0, row
+        assert row["registers"] <= mbconv_tile.SPILL_ALLOWANCE * mbconv_tile.estimated_registers(tile, shape), row
+        estimate = mbconv_tile.local_memory_bytes(tile, shape, PROCESSORS[PROCESSOR_OF_CAPABILITY[capability]])
+        assert row["shared_bytes"] <= estimate + ALIGNMENT_BYTES, row
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 def test_unsupported_blocks_are_refused():
     shape = match_convfirst(convfirst(1, 8, 8, 16, 3, dtype="float32"))
@@ -191,11 +208,16 @@ def test_unsupported_blocks_are_refused():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--block", "64,6"], "a block is CHANNELS,EXPANSION,SIZE, got '64,6'"),
+        (
+            ["--block", "64,6"],
+            "a block is CHANNELS,EXPANSION,SIZE, after convfirst: or mbconv: if you like, got '64,6'",
+        ),
         (["--block", "64,6,64", "--capability", "7.0"], "compute capability 7.0 is not supported, use one of 8.0"),
         (["--block", "64,6,64", "--tile", "8,16"], "'8,16' does not have the fields of ConvFirstTile"),
         (["--block", "64,6,64", "--hopper-tile", "8"], "'8' does not have the fields of HopperTile, 7"),
         (["--block", "64,6,64", "--ffn-tile", "8"], "'8' does not have the fields of FfnTile, 6"),
+        (["--block", "64,6,64", "--mbconv-tile", "8"], "'8' does not have the fields of MBConvTile, 13"),
+        (["--block", "resnet:64,6,64"], "a block is CHANNELS,EXPANSION,SIZE, after convfirst: or mbconv: if you like"),
         (
             ["--block", "64,6,64", "--hopper-tile", "64,64,2,2,1,64,0", "--capability", "8.0"],
             "--hopper-tile is for compute capability 9.0 only",

@@ -9,9 +9,10 @@ from fusion import reference
 from fusion.ffn_weights import PackedFfn, unpack_ffn
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import COMPUTE_CAPABILITY, HopperTile
-from fusion.planner.match import ConvFirstShape, FfnShape
+from fusion.planner.match import ConvFirstShape, FfnShape, MBConvShape
+from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.tile import ConvFirstTile
-from fusion.triton_kernels import convfirst, convfirst_hopper, ffn_hopper
+from fusion.triton_kernels import convfirst, convfirst_hopper, ffn_hopper, mbconv
 from fusion.tuner import worker
 from fusion.weights import unpack_hopper
 
@@ -77,6 +78,40 @@ def test_a_tile_of_the_ffn_kernel_is_packed_checked_and_timed(out_channels, monk
     assert worker.answer(*arguments, compile_only=False, device=DEVICE)["us"] > 0
     monkeypatch.setattr(ffn_hopper, "launch", lambda *arguments, **_: arguments[-1].zero_())
     assert worker.answer(*arguments, compile_only=False, device=DEVICE)["failed"].startswith("wrong result: error")
+
+
+MBCONV_TILE = MBConvTile(2, 8, 8, 64, 32, 32, 4, 3, 64, 32, 128, 4, 3)
+
+
+def answer_mbconv(**changes):
+    sizes = {"batch": 2, "height": 5, "width": 7, "in_channels": 24, "hidden_channels": 72, "out_channels": 24}
+    options = {"squeeze_channels": 6, "group_width": 8, "activation": "silu", "residual": True, "dtype": "float16"}
+    block = MBConvShape(**{**sizes, **options, **changes})
+    return worker.answer(asdict(block), "mbconv", MBCONV_TILE.to_ints(), compile_only=False, device=DEVICE)
+
+
+@pytest.mark.parametrize("changes", [{}, {"out_channels": 40, "residual": False, "activation": "relu"}])
+def test_a_tile_of_the_mbconv_kernels_is_packed_checked_and_timed(changes):
+    assert answer_mbconv(**changes)["us"] > 0
+
+
+@pytest.mark.parametrize("difference, is_right", [(1e-6, True), (0.01, False)])
+def test_two_runs_of_atomic_sums_may_differ_by_rounding_errors_only(difference, is_right, monkeypatch):
+    launch = mbconv.launch
+    runs = []
+
+    def unrepeatable(*args, **kwargs):
+        launch(*args, **kwargs)
+        out = args[11]
+        runs.append(out)
+        if len(runs) == 2:
+            out[0] *= 1 + difference
+            out[0, 0, 0, 0] = torch.nextafter(out[0, 0, 0, 0].cpu(), torch.tensor(9.0, dtype=out.dtype))
+
+    monkeypatch.setattr(mbconv, "launch", unrepeatable)
+    reply = answer_mbconv()
+    assert ("us" in reply) == is_right, reply
+    assert not torch.equal(runs[0], runs[1])
 
 
 def test_a_compilation_times_nothing():

@@ -1,0 +1,199 @@
+"""Weights of an MBConv block: batch norm folded in float64, then packed once into the layout that the kernels read."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusion.planner.mbconv_tile import TAPS, MBConvTile, why_splits_groups
+from fusion.weights import fold_batch_norm
+
+
+@dataclass(frozen=True)
+class MBConvWeights:
+    """Folded weights of an MBConv block with squeeze-and-excitation, float64.
+
+    `expand` is `[hidden, C]`, `expand_bias` `[hidden]`, `conv` `[hidden, T, 3, 3]` with group width T, `conv_bias`
+    `[hidden]`, `squeeze` `[s, hidden]`, `squeeze_bias` `[s]`, `excite` `[hidden, s]`, `excite_bias` `[hidden]`,
+    `project` `[K, hidden]`, `project_bias` `[K]`.
+    """
+
+    expand: Tensor
+    expand_bias: Tensor
+    conv: Tensor
+    conv_bias: Tensor
+    squeeze: Tensor
+    squeeze_bias: Tensor
+    excite: Tensor
+    excite_bias: Tensor
+    project: Tensor
+    project_bias: Tensor
+
+    @classmethod
+    def fold(
+        cls,
+        expand: nn.Conv2d,
+        expand_bn: nn.BatchNorm2d,
+        conv: nn.Conv2d,
+        conv_bn: nn.BatchNorm2d,
+        squeeze: nn.Linear,
+        excite: nn.Linear,
+        project: nn.Conv2d,
+        project_bn: nn.BatchNorm2d,
+    ) -> "MBConvWeights":
+        """Fold the layers of a block (section 5.5) into weights that share no memory with them."""
+        expand_weight, expand_bias = fold_batch_norm(expand, expand_bn)
+        project_weight, project_bias = fold_batch_norm(project, project_bn)
+        return cls(
+            expand_weight[:, :, 0, 0],
+            expand_bias,
+            *fold_batch_norm(conv, conv_bn),
+            *_linear(squeeze),
+            *_linear(excite),
+            project_weight[:, :, 0, 0],
+            project_bias,
+        )
+
+    @property
+    def in_channels(self) -> int:
+        return self.expand.shape[1]
+
+    @property
+    def hidden_channels(self) -> int:
+        return self.expand.shape[0]
+
+    @property
+    def out_channels(self) -> int:
+        return self.project.shape[0]
+
+    @property
+    def squeeze_channels(self) -> int:
+        return self.squeeze.shape[0]
+
+    @property
+    def group_width(self) -> int:
+        return self.conv.shape[1]
+
+    def pack(self, tile: MBConvTile, dtype: torch.dtype, device: torch.device | str) -> "PackedMBConv":
+        """Round once to `dtype` and lay out for `tile`, zero wherever channels are padded.
+
+        Raises ValueError for a tile whose slabs split a group.
+        """
+        reason = why_splits_groups(tile, self.group_width)
+        if reason:
+            raise ValueError(f"weights cannot be packed for {tile!r}: {reason}; use a tile with a wider conv_slab")
+        ins, hidden = tile.padded_in(self.in_channels), tile.padded_hidden(self.hidden_channels)
+        squeeze, out = tile.padded_squeeze(self.squeeze_channels), tile.padded_out(self.out_channels)
+        conv = F.pad(self.conv, (0, 0, 0, 0, 0, 0, 0, hidden - self.hidden_channels))
+        return PackedMBConv(
+            _padded(self.expand.T, ins, hidden).to(device, dtype),
+            _padded(self.expand_bias, hidden).to(device, torch.float32),
+            _pack_conv(conv, tile.conv_slab).to(device, dtype),
+            _padded(self.conv_bias, hidden).to(device, torch.float32),
+            _padded(self.squeeze.T, hidden, squeeze).to(device, dtype),
+            _padded(self.squeeze_bias, squeeze).to(device, torch.float32),
+            _padded(self.excite, hidden, squeeze).to(device, dtype),
+            _padded(self.excite_bias, hidden).to(device, torch.float32),
+            _padded(self.project.T, hidden, out).to(device, dtype),
+            _padded(self.project_bias, out).to(device, torch.float32),
+        )
+
+
+@dataclass(frozen=True)
+class PackedMBConv:
+    """Weights as the MBConv kernels read them, padded to the steps and slabs of the tile.
+
+    `expand` is `[C padded, hidden padded]`, `conv` `[slabs, 9 taps, slab in, slab out]`, zero between groups,
+    `squeeze` and `excite` `[hidden padded, s padded]`, `project` `[hidden padded, K padded]`; the biases are fp32.
+    """
+
+    expand: Tensor
+    expand_bias: Tensor
+    conv: Tensor
+    conv_bias: Tensor
+    squeeze: Tensor
+    squeeze_bias: Tensor
+    excite: Tensor
+    excite_bias: Tensor
+    project: Tensor
+    project_bias: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order of the kernels' and the operator's arguments."""
+        return tuple(vars(self).values())
+
+
+def mbconv_sizes(
+    tile: MBConvTile, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
+) -> dict[str, list[int]]:
+    """Shapes of the tensors of `PackedMBConv`, by name."""
+    ins, hidden = tile.padded_in(in_channels), tile.padded_hidden(hidden_channels)
+    squeeze, out = tile.padded_squeeze(squeeze_channels), tile.padded_out(out_channels)
+    return {
+        "expand": [ins, hidden],
+        "expand_bias": [hidden],
+        "conv": [hidden // tile.conv_slab, TAPS, tile.conv_slab, tile.conv_slab],
+        "conv_bias": [hidden],
+        "squeeze": [hidden, squeeze],
+        "squeeze_bias": [squeeze],
+        "excite": [hidden, squeeze],
+        "excite_bias": [hidden],
+        "project": [hidden, out],
+        "project_bias": [out],
+    }
+
+
+def unpack_mbconv(
+    packed: PackedMBConv,
+    in_channels: int,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
+    group_width: int,
+) -> MBConvWeights:
+    """The weights back from their packed form, in its dtypes."""
+    return MBConvWeights(
+        packed.expand[:in_channels, :hidden_channels].T,
+        packed.expand_bias[:hidden_channels],
+        _unpack_conv(packed.conv, group_width)[:hidden_channels],
+        packed.conv_bias[:hidden_channels],
+        packed.squeeze[:hidden_channels, :squeeze_channels].T,
+        packed.squeeze_bias[:squeeze_channels],
+        packed.excite[:hidden_channels, :squeeze_channels],
+        packed.excite_bias[:hidden_channels],
+        packed.project[:hidden_channels, :out_channels].T,
+        packed.project_bias[:out_channels],
+    )
+
+
+def _linear(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    weight = layer.weight.detach().double()
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
+    return weight.clone(), bias.clone()
+
+
+def _padded(tensor: Tensor, *size: int) -> Tensor:
+    padded = tensor.new_zeros(size)
+    padded[tuple(map(slice, tensor.shape))] = tensor
+    return padded
+
+
+def _pack_conv(conv: Tensor, slab: int) -> Tensor:
+    """`[slabs, 9, slab in, slab out]` of `[slabs * slab, T, 3, 3]`."""
+    width = conv.shape[1]
+    # [slabs, groups, out, in, 3, 3] -> [slabs, groups, 9, in, out]
+    grouped = conv.reshape(-1, slab // width, width, width, TAPS).permute(0, 1, 4, 3, 2)
+    dense = conv.new_zeros(len(grouped), TAPS, slab, slab)
+    for group in range(slab // width):
+        channels = slice(group * width, (group + 1) * width)
+        dense[:, :, channels, channels] = grouped[:, group]
+    return dense
+
+
+def _unpack_conv(dense: Tensor, width: int) -> Tensor:
+    """The inverse of `_pack_conv`, for groups of `width` channels."""
+    slab = dense.shape[-1]
+    starts = range(0, slab, width)
+    grouped = torch.stack([dense[:, :, start : start + width, start : start + width] for start in starts], dim=1)
+    return grouped.permute(0, 1, 4, 3, 2).reshape(-1, width, 3, 3)

@@ -5,15 +5,17 @@ from torch import Tensor
 
 from fusion import mbconv_ops, ops
 from fusion.ffn_weights import FfnWeights, PackedFfn
+from fusion.mbconv_hopper_weights import PackedMBConvHopper, pack_mbconv_hopper
 from fusion.mbconv_weights import MBConvWeights, PackedMBConv
-from fusion.planner.families import HOPPER, Tile, family_of
+from fusion.planner.families import HOPPER, MBCONV_HOPPER, Tile, family_of
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import HopperTile
+from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.weights import ConvFirstWeights, PackedConvFirst, PackedHopper
 
 Weights = ConvFirstWeights | FfnWeights | MBConvWeights
-Packed = PackedConvFirst | PackedHopper | PackedFfn | PackedMBConv
+Packed = PackedConvFirst | PackedHopper | PackedFfn | PackedMBConv | PackedMBConvHopper
 
 
 def pack(weights: Weights, tile: Tile, dtype: torch.dtype, device: torch.device | str) -> Packed:
@@ -23,6 +25,8 @@ def pack(weights: Weights, tile: Tile, dtype: torch.dtype, device: torch.device 
     """
     if isinstance(tile, HopperTile):
         return weights.pack_hopper(tile, dtype, device)
+    if isinstance(tile, MBConvHopperTile):
+        return pack_mbconv_hopper(weights, tile, dtype, device)
     return weights.pack(tile, dtype, device)
 
 
@@ -32,6 +36,8 @@ def packing(tile: Tile) -> tuple[str | int, ...]:
         return family_of(tile).name, tile.hidden, tile.slab
     if isinstance(tile, FfnTile):
         return family_of(tile).name, tile.hidden
+    if isinstance(tile, MBConvHopperTile):
+        return (family_of(tile).name,)
     if isinstance(tile, MBConvTile):
         sizes = tile.hidden, tile.project_hidden, tile.channels, tile.conv_slab, tile.project_out
         return family_of(tile).name, *sizes
@@ -39,6 +45,7 @@ def packing(tile: Tile) -> tuple[str | int, ...]:
 
 
 def run_mbconv(
+    kernel: str,
     x: Tensor,
     packed: tuple[Tensor, ...],
     tile: list[int],
@@ -50,7 +57,10 @@ def run_mbconv(
     activation: str,
     residual: bool,
 ) -> Tensor:
-    """Call the operator of the MBConv kernels, as `run` does that of a ConvFirst kernel."""
+    """Call the operator of an MBConv kernel, as `run` does that of a ConvFirst kernel."""
+    if kernel == MBCONV_HOPPER.name:
+        sizes = hidden_channels, out_channels, squeeze_channels
+        return mbconv_ops.mbconv_hopper(x, *packed, *sizes, activation, residual, tile)
     sizes = hidden_channels, out_channels, squeeze_channels, group_width
     return mbconv_ops.mbconv(x, *packed, *sizes, activation, residual, tile)
 
@@ -121,6 +131,11 @@ def launch(
 
         _check_hopper_activation(activation, "run the block layer by layer")
         ffn_hopper.launch(x, *packed.tensors(), out, hidden_channels=hidden_channels, residual=residual, tile=tile)
+    elif isinstance(tile, MBConvHopperTile):
+        from fusion.triton_kernels import mbconv_hopper
+
+        sizes = {"hidden_channels": hidden_channels, "squeeze_channels": len(packed.squeeze_bias)}
+        mbconv_hopper.launch(x, *packed.tensors(), out, **sizes, activation=activation, residual=residual, tile=tile)
     elif isinstance(tile, MBConvTile):
         from fusion.triton_kernels import mbconv
 

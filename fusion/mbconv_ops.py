@@ -1,13 +1,16 @@
-"""The fused MBConv block as a PyTorch operator, for inference only."""
+"""The fused MBConv block as PyTorch operators, for inference only."""
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op, triton_op, wrap_triton
 
 from fusion import reference
+from fusion.mbconv_hopper_weights import PackedMBConvHopper, packed_sizes, unpack_mbconv_hopper
 from fusion.mbconv_weights import PackedMBConv, mbconv_sizes, unpack_mbconv
 from fusion.op_checks import (
+    aligned,
     any_of,
+    check_gpu,
     check_input,
     check_residual,
     check_weights,
@@ -17,6 +20,8 @@ from fusion.op_checks import (
     tile_from_ints,
     weight_dtype,
 )
+from fusion.planner import mbconv_hopper_tile
+from fusion.planner.mbconv_hopper_tile import MAX_IMAGES, MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile, why_malformed, why_splits_groups
 from fusion.planner.tile import MAX_IMAGE_ELEMENTS
 
@@ -142,3 +147,141 @@ def _check(
             for name, tensor in vars(packed).items()
         ),
     )
+
+
+@custom_op("fusion::mbconv_hopper", mutates_args=())
+def mbconv_hopper(
+    x: Tensor,
+    expand: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    squeeze: Tensor,
+    squeeze_bias: Tensor,
+    excite: Tensor,
+    excite_bias: Tensor,
+    project_bias: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
+    activation: str,
+    residual: bool,
+    tile: list[int],
+) -> Tensor:
+    """MBConv block (section 5.4) of small images and groups of 8 channels as one kernel for Hopper GPUs.
+
+    `[N, C, H, W] -> [N, K, H, W]`, channels_last. It computes what `fusion::mbconv` does, but rounds the biases of the
+    expansion and the convolution to the dtype of `x` and adds them in it, to rounded sums, and its tanh is an
+    approximation in 16 bits. Equal inputs give equal bits: a program sums the squeeze vector of its images in order.
+
+    Args:
+        x: fp16 or bf16 activations. Any other memory format than channels_last, or an address that is no multiple of
+            16 bytes, costs a copy. On a CPU any floating dtype will do: there the operator computes the reference.
+        expand, ..., project_bias: `fusion.mbconv_hopper_weights.PackedMBConvHopper`, packed for `tile`. The kernel
+            reads them before the kernel ahead of it in the stream has finished: that one must not be what writes them.
+        hidden_channels, out_channels, squeeze_channels: sizes without their padding.
+        tile: `MBConvHopperTile.to_ints()`.
+
+    Raises:
+        RuntimeError: the GPU is not of compute capability 9.0, a gradient would be needed, or the tensors are on
+            several devices.
+        TypeError: a dtype is not supported.
+        ValueError: shapes, activation and tile do not fit together.
+    """
+    packed = PackedMBConvHopper(expand, weights, biases, squeeze, squeeze_bias, excite, excite_bias, project_bias)
+    sizes = hidden_channels, out_channels, squeeze_channels
+    config = _check_hopper(x, packed, *sizes, activation, residual, tile)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.device.type == "cpu":
+        folded = unpack_mbconv_hopper(packed, config, x.shape[1], *sizes)
+        out = reference.mbconv(x, *vars(folded).values(), activation, residual)
+        return out.contiguous(memory_format=torch.channels_last)
+    check_gpu("fusion::mbconv_hopper", x.device, "pack the weights for an MBConvTile and call fusion::mbconv")
+    x = aligned("fusion::mbconv_hopper", x, weights)
+
+    from fusion.triton_kernels.mbconv_hopper import launch
+
+    out = empty_output(x, out_channels)
+    if x.numel():
+        with torch.cuda.device(x.device):
+            launch(
+                x,
+                *packed.tensors(),
+                out,
+                hidden_channels=hidden_channels,
+                squeeze_channels=squeeze_channels,
+                activation=activation,
+                residual=residual,
+                tile=config,
+            )
+    return out
+
+
+@mbconv_hopper.register_fake
+def _(
+    x: Tensor,
+    expand: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    squeeze: Tensor,
+    squeeze_bias: Tensor,
+    excite: Tensor,
+    excite_bias: Tensor,
+    project_bias: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
+    activation: str,
+    residual: bool,
+    tile: list[int],
+) -> Tensor:
+    packed = PackedMBConvHopper(expand, weights, biases, squeeze, squeeze_bias, excite, excite_bias, project_bias)
+    _check_hopper(x, packed, hidden_channels, out_channels, squeeze_channels, activation, residual, tile)
+    return empty_output(x, out_channels)
+
+
+mbconv_hopper.register_autograd(lambda ctx, grad: None, setup_context=gradient_refusal("fusion::mbconv_hopper"))
+
+
+def _check_hopper(
+    x: Tensor,
+    packed: PackedMBConvHopper,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
+    activation: str,
+    residual: bool,
+    tile: list[int],
+) -> MBConvHopperTile:
+    op = "fusion::mbconv_hopper"
+    config = tile_from_ints(op, MBConvHopperTile, tile)
+    check_input(op, x, out_channels)
+    if min(hidden_channels, squeeze_channels) < 1 or hidden_channels % mbconv_hopper_tile.GROUP_WIDTH:
+        raise ValueError(
+            f"{op}: {hidden_channels} hidden and {squeeze_channels} squeeze channels do not go together with groups of "
+            f"{mbconv_hopper_tile.GROUP_WIDTH}; both are positive, and hidden channels a multiple of the group width"
+        )
+    refuse_malformed(op, config, mbconv_hopper_tile.why_malformed(config))
+    batch, in_channels, height, width = x.shape
+    uncovered = mbconv_hopper_tile.why_not_covering(config, height, width)
+    if uncovered:
+        raise ValueError(f"{op}: {uncovered}; take the tile of a plan for this size")
+    if batch > MAX_IMAGES:
+        raise ValueError(f"{op}: {batch} images are too many for a launch, split the batch")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"{op}: activation {activation!r} is not supported, use {any_of(reference.ACTIVATIONS)}")
+    shapes = packed_sizes(config, in_channels, hidden_channels, out_channels, squeeze_channels)
+    fp32 = ("squeeze_bias", "excite_bias", "project_bias")
+    check_weights(
+        op,
+        x,
+        hidden_channels,
+        out_channels,
+        config,
+        "fusion.mbconv_hopper_weights.pack_mbconv_hopper",
+        (
+            (name, tensor, shapes[name], torch.float32 if name in fp32 else weight_dtype(x))
+            for name, tensor in vars(packed).items()
+        ),
+    )
+    check_residual(op, residual, in_channels, out_channels)
+    return config

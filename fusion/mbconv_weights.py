@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion.planner.mbconv_tile import TAPS, MBConvTile, why_splits_groups
-from fusion.weights import fold_batch_norm
+from fusion.weights import fold_batch_norm, padded
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,16 @@ class MBConvWeights:
         squeeze, out = tile.padded_squeeze(self.squeeze_channels), tile.padded_out(self.out_channels)
         conv = F.pad(self.conv, (0, 0, 0, 0, 0, 0, 0, hidden - self.hidden_channels))
         return PackedMBConv(
-            _padded(self.expand.T, ins, hidden).to(device, dtype),
-            _padded(self.expand_bias, hidden).to(device, torch.float32),
+            padded(self.expand.T, ins, hidden).to(device, dtype),
+            padded(self.expand_bias, hidden).to(device, torch.float32),
             _pack_conv(conv, tile.conv_slab).to(device, dtype),
-            _padded(self.conv_bias, hidden).to(device, torch.float32),
-            _padded(self.squeeze.T, hidden, squeeze).to(device, dtype),
-            _padded(self.squeeze_bias, squeeze).to(device, torch.float32),
-            _padded(self.excite, hidden, squeeze).to(device, dtype),
-            _padded(self.excite_bias, hidden).to(device, torch.float32),
-            _padded(self.project.T, hidden, out).to(device, dtype),
-            _padded(self.project_bias, out).to(device, torch.float32),
+            padded(self.conv_bias, hidden).to(device, torch.float32),
+            padded(self.squeeze.T, hidden, squeeze).to(device, dtype),
+            padded(self.squeeze_bias, squeeze).to(device, torch.float32),
+            padded(self.excite, hidden, squeeze).to(device, dtype),
+            padded(self.excite_bias, hidden).to(device, torch.float32),
+            padded(self.project.T, hidden, out).to(device, dtype),
+            padded(self.project_bias, out).to(device, torch.float32),
         )
 
 
@@ -171,12 +171,6 @@ def _linear(layer: nn.Linear) -> tuple[Tensor, Tensor]:
     weight = layer.weight.detach().double()
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
     return weight.clone(), bias.clone()
-
-
-def _padded(tensor: Tensor, *size: int) -> Tensor:
-    padded = tensor.new_zeros(size)
-    padded[tuple(map(slice, tensor.shape))] = tensor
-    return padded
 
 
 def _pack_conv(conv: Tensor, slab: int) -> Tensor:

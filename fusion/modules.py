@@ -162,6 +162,7 @@ class FusedMBConv(FusedBlock):
 
     def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
         return kernels.run_mbconv(
+            kernel,
             x,
             packed,
             tile,

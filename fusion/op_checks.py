@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from fusion.planner.families import Tile
+from fusion.planner.hopper_tile import COMPUTE_CAPABILITY
 from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_IMAGE_ELEMENTS
 
 GPU_DTYPES = tuple(getattr(torch, name) for name in KERNEL_DTYPES)
+
+ADDRESS_MULTIPLE = 16
+"""Of tensors that the Hopper kernels copy to shared memory, in bytes."""
 
 AnyTile = TypeVar("AnyTile", bound=Tile)
 
@@ -103,6 +107,24 @@ def empty_output(x: Tensor, out_channels: int) -> Tensor:
     return torch.empty(
         (batch, out_channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
+
+
+def check_gpu(op: str, device: torch.device, instead: str) -> None:
+    """Raises RuntimeError unless the GPU is of the Hopper kernels' compute capability."""
+    found = torch.cuda.get_device_capability(device)
+    if found != COMPUTE_CAPABILITY:
+        needed, found = (".".join(map(str, capability)) for capability in (COMPUTE_CAPABILITY, found))
+        raise RuntimeError(
+            f"{op}: {torch.cuda.get_device_name(device)} has compute capability {found}, the kernel needs {needed}; "
+            f"{instead}"
+        )
+
+
+def aligned(op: str, x: Tensor, weights: Tensor) -> Tensor:
+    """`x`, or a copy of it at an address that kernels can copy from. Raises ValueError for such weights."""
+    if weights.data_ptr() % ADDRESS_MULTIPLE:
+        raise ValueError(f"{op}: weights are at an address that is no multiple of {ADDRESS_MULTIPLE} bytes, clone them")
+    return x.clone(memory_format=torch.channels_last) if x.data_ptr() % ADDRESS_MULTIPLE else x
 
 
 def gradient_refusal(op: str) -> Callable[..., None]:

@@ -7,7 +7,9 @@ from torch.library import custom_op, triton_op, wrap_triton
 from fusion import reference
 from fusion.ffn_weights import PackedFfn, ffn_sizes, unpack_ffn
 from fusion.op_checks import (
+    aligned,
     any_of,
+    check_gpu,
     check_input,
     check_residual,
     check_weights,
@@ -19,12 +21,10 @@ from fusion.op_checks import (
 )
 from fusion.planner import ffn_tile, hopper_tile
 from fusion.planner.ffn_tile import MAX_PIXELS, FfnTile
-from fusion.planner.hopper_tile import COMPUTE_CAPABILITY, HopperTile, weight_sizes
+from fusion.planner.hopper_tile import HopperTile, weight_sizes
 from fusion.planner.tile import ConvFirstTile, why_malformed
 from fusion.weights import unpack_conv, unpack_hopper
 
-ADDRESS_MULTIPLE = 16
-"""Of tensors that the Hopper kernels copy to shared memory, in bytes."""
 OTHER_CONVFIRST = "pack the weights for a ConvFirstTile and call fusion::convfirst, for any GPU"
 """What to do on other GPUs than Hopper's."""
 
@@ -182,8 +182,8 @@ def convfirst_hopper(
         conv, expand, expand_bias, project = unpack_hopper(weights, config, x.shape[1], hidden_channels, out_channels)
         out = reference.convfirst(x, conv, expand, expand_bias, project, project_bias[:out_channels], "relu", residual)
         return out.contiguous(memory_format=torch.channels_last)
-    _check_gpu("fusion::convfirst_hopper", x.device, OTHER_CONVFIRST)
-    x = _aligned("fusion::convfirst_hopper", x, weights)
+    check_gpu("fusion::convfirst_hopper", x.device, OTHER_CONVFIRST)
+    x = aligned("fusion::convfirst_hopper", x, weights)
 
     from fusion.triton_kernels.convfirst_hopper import launch
 
@@ -277,8 +277,8 @@ def ffn_hopper(
         folded = unpack_ffn(packed, config, x.shape[1], hidden_channels, out_channels)
         out = reference.ffn(x, folded.expand, folded.expand_bias, folded.project, folded.project_bias, "relu", residual)
         return out.contiguous(memory_format=torch.channels_last)
-    _check_gpu("fusion::ffn_hopper", x.device, "run the block layer by layer")
-    x = _aligned("fusion::ffn_hopper", x, weights)
+    check_gpu("fusion::ffn_hopper", x.device, "run the block layer by layer")
+    x = aligned("fusion::ffn_hopper", x, weights)
 
     from fusion.triton_kernels.ffn_hopper import launch
 
@@ -348,20 +348,3 @@ def _check_ffn_hopper(
     )
     check_residual("fusion::ffn_hopper", residual, x.shape[1], out_channels)
     return config
-
-
-def _check_gpu(op: str, device: torch.device, instead: str) -> None:
-    found = torch.cuda.get_device_capability(device)
-    if found != COMPUTE_CAPABILITY:
-        needed, found = (".".join(map(str, capability)) for capability in (COMPUTE_CAPABILITY, found))
-        raise RuntimeError(
-            f"{op}: {torch.cuda.get_device_name(device)} has compute capability {found}, the kernel needs {needed}; "
-            f"{instead}"
-        )
-
-
-def _aligned(op: str, x: Tensor, weights: Tensor) -> Tensor:
-    """`x`, or a copy of it at an address that kernels can copy from. Raises ValueError for such weights."""
-    if weights.data_ptr() % ADDRESS_MULTIPLE:
-        raise ValueError(f"{op}: weights are at an address that is no multiple of {ADDRESS_MULTIPLE} bytes, clone them")
-    return x.clone(memory_format=torch.channels_last) if x.data_ptr() % ADDRESS_MULTIPLE else x

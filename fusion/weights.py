@@ -94,14 +94,14 @@ class ConvFirstWeights:
                 "use a tile with a wider conv_slab"
             )
         hidden = tile.padded_hidden(self.hidden_channels)
-        expand = _padded(self.expand.T, sum(in_slabs), hidden)
-        project = _padded(self.project.T, hidden, sum(out_slabs))
+        expand = padded(self.expand.T, sum(in_slabs), hidden)
+        project = padded(self.project.T, hidden, sum(out_slabs))
         return PackedConvFirst(
             _pack_conv(self.conv, in_slabs).to(device, dtype),
             expand.to(device, dtype),
-            _padded(self.expand_bias[None], 1, hidden)[0].to(device, torch.float32),
+            padded(self.expand_bias[None], 1, hidden)[0].to(device, torch.float32),
             project.to(device, dtype),
-            _padded(self.project_bias[None], 1, sum(out_slabs))[0].to(device, torch.float32),
+            padded(self.project_bias[None], 1, sum(out_slabs))[0].to(device, torch.float32),
         )
 
     def pack_hopper(self, tile: HopperTile, dtype: torch.dtype, device: torch.device | str) -> "PackedHopper":
@@ -117,23 +117,23 @@ class ConvFirstWeights:
         in_slabs, out_slabs = tile.in_slabs(self.in_channels), tile.out_slabs(self.out_channels)
         ins, outs = sum(in_slabs), sum(out_slabs)
         steps, hidden = tile.steps(self.hidden_channels), tile.padded_hidden(self.hidden_channels)
-        expand = _padded(self.expand.T, ins, hidden).reshape(ins, steps, tile.hidden).transpose(0, 1)
-        project = _padded(self.project.T, hidden, outs).reshape(steps, tile.hidden, outs)
+        expand = padded(self.expand.T, ins, hidden).reshape(ins, steps, tile.hidden).transpose(0, 1)
+        project = padded(self.project.T, hidden, outs).reshape(steps, tile.hidden, outs)
         unit = tile.unit(self.out_channels)
         chunk = (
             *expand.split(in_slabs, dim=1),
             *(_by_quads(slab, 4, unit // 8) for slab in project.split(out_slabs, dim=2)),
         )
-        bias = bias_of_quads(_padded(self.expand_bias[None], 1, hidden), steps)
+        bias = bias_of_quads(padded(self.expand_bias[None], 1, hidden), steps)
         weights = torch.cat(
             [
-                _conv_taps(self.conv).flatten(),
-                torch.cat([_in_atoms(_swizzled(matrix)) for matrix in chunk], dim=1).flatten(),
+                conv_taps(self.conv).flatten(),
+                torch.cat([_in_atoms(swizzled(matrix)) for matrix in chunk], dim=1).flatten(),
                 bias,
             ]
         )
         weights = torch.cat([weights, weights.new_zeros(-len(weights) % WEIGHT_COLUMNS)])
-        project_bias = _padded(self.project_bias[None], 1, outs)[0]
+        project_bias = padded(self.project_bias[None], 1, outs)[0]
         # By way of the CPU: the kernel may start before the kernel ahead of it in the stream has finished, which must
         # not be one that writes weights. Copies from the CPU are none.
         weights, project_bias = weights.to("cpu", dtype).to(device), project_bias.to("cpu", torch.float32).to(device)
@@ -214,14 +214,14 @@ def unpack_hopper(
     matrices, chunks, start = [], chunks.reshape(steps, -1), 0
     for rows, columns in tile.chunk_shapes(in_channels, out_channels):
         matrix = chunks[:, start : start + rows * columns].reshape(steps, rows, columns)
-        matrices.append(_swizzled(matrix))  # which undoes itself
+        matrices.append(swizzled(matrix))  # which undoes itself
         start += ceil(rows * columns / ATOM_ELEMENTS) * ATOM_ELEMENTS
     expand = torch.cat(matrices[: len(in_slabs)], dim=1).transpose(1, 2).flatten(0, 1)
     unit = tile.unit(out_channels)
     project = torch.cat([_by_quads(matrix, unit // 8, 4) for matrix in matrices[len(in_slabs) :]], dim=2).flatten(0, 1)
     bias = bias_in_order(bias, steps)
     return (
-        _conv_of_taps(conv.reshape(-1, 3, 3, 16, 16))[:in_channels],
+        conv_of_taps(conv.reshape(-1, 3, 3, 16, 16))[:in_channels],
         expand[:hidden_channels, :in_channels],
         bias[:hidden_channels],
         project[:hidden_channels, :out_channels].T,
@@ -238,7 +238,7 @@ def bias_in_order(bias: Tensor, steps: int) -> Tensor:
     return bias.reshape(steps, 4, -1, 2).transpose(1, 2).flatten()
 
 
-def _conv_taps(conv: Tensor) -> Tensor:
+def conv_taps(conv: Tensor) -> Tensor:
     """`[pieces, 3 columns, 3 rows, 16 out, 16 in]`, the last row first: pieces of two groups, zero between them."""
     # [groups, out, in, dy, dx] -> [groups, dx, dy, out, in]
     taps = conv.reshape(-1, 8, 8, 3, 3).permute(0, 4, 3, 1, 2).flip(2)
@@ -248,8 +248,8 @@ def _conv_taps(conv: Tensor) -> Tensor:
     return pieces
 
 
-def _conv_of_taps(pieces: Tensor) -> Tensor:
-    """What `_conv_taps` was made of, `[C, 8, 3, 3]` with C padded to whole pieces."""
+def conv_of_taps(pieces: Tensor) -> Tensor:
+    """What `conv_taps` was made of, `[C, 8, 3, 3]` with C padded to whole pieces."""
     groups = torch.stack([pieces[..., :8, :8], pieces[..., 8:, 8:]], dim=1).flatten(0, 1)
     return groups.flip(2).permute(0, 3, 4, 2, 1).flatten(0, 1)
 
@@ -264,7 +264,7 @@ def _by_quads(project: Tensor, a: int, b: int) -> Tensor:
     return project.reshape(steps, hidden, -1, a, b, 2).transpose(3, 4).reshape(steps, hidden, channels)
 
 
-def _swizzled(matrices: Tensor) -> Tensor:
+def swizzled(matrices: Tensor) -> Tensor:
     """`[count, rows, columns]` as shared memory holds them for products: pieces of 8 elements in another order.
 
     Of 16, 32 or 64 columns, 32, 64 or 128 bytes. The pieces' order changes from one 128 bytes to the next.
@@ -283,7 +283,8 @@ def _in_atoms(matrices: Tensor) -> Tensor:
     return torch.cat([flat, flat.new_zeros(len(flat), -flat.shape[1] % ATOM_ELEMENTS)], dim=1)
 
 
-def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    padded = matrix.new_zeros(rows, columns)
-    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return padded
+def padded(tensor: Tensor, *size: int) -> Tensor:
+    """With zeros up to this size."""
+    larger = tensor.new_zeros(size)
+    larger[tuple(map(slice, tensor.shape))] = tensor
+    return larger

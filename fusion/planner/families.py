@@ -3,19 +3,20 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fusion.planner import ffn_tile, hopper_tile, hopper_time, mbconv_tile
+from fusion.planner import ffn_tile, hopper_tile, hopper_time, mbconv_hopper_tile, mbconv_tile
 from fusion.planner import tile as portable_tile
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.graph import BlockGraph
 from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.lower import block_fused, two_pass
 from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape, MBConvShape
+from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.processor import Processor
 from fusion.planner.program import Program
 from fusion.planner.tile import ConvFirstTile
 
-Tile = ConvFirstTile | HopperTile | FfnTile | MBConvTile
+Tile = ConvFirstTile | HopperTile | FfnTile | MBConvTile | MBConvHopperTile
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,24 @@ MBCONV = KernelFamily(
     is_repeatable=False,
 )
 
-FAMILIES = (HOPPER, PORTABLE, FFN, MBCONV)
+MBCONV_HOPPER = KernelFamily(
+    name="mbconv_hopper",
+    title="Hopper kernel",
+    shape_type=MBConvShape,
+    tile_type=MBConvHopperTile,
+    why_unsupported=mbconv_hopper_tile.why_unsupported,
+    why_none=mbconv_hopper_tile.why_none,
+    why_invalid=mbconv_hopper_tile.why_invalid,
+    candidate_tiles=mbconv_hopper_tile.candidate_tiles,
+    predicted_us=mbconv_hopper_tile.predicted_us,
+    local_memory_bytes=mbconv_hopper_tile.local_memory_bytes,
+    estimated_registers=mbconv_hopper_tile.estimated_registers,
+    programs_per_processor=mbconv_hopper_tile.programs_per_processor,
+    pixel_tile=lambda tile, shape: None,
+    design=lambda tile: (tile.images, tile.rows),
+)
+
+FAMILIES = (HOPPER, PORTABLE, FFN, MBCONV_HOPPER, MBCONV)
 """The planner takes the first one of a block's shape that has a valid tile."""
 
 

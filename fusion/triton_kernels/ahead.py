@@ -2,7 +2,8 @@
 
 `python -m fusion.triton_kernels.ahead --block 64,6,64 --capability 8.0 9.0` prints registers, spills, shared memory and
 matrix instructions of each combination; `--hopper-tile 64,64,2,2,1,64,0` does so for the Hopper kernel, and
-`--ffn-tile 2,64,2,4,4,1` for that of the FFN. `--block mbconv:128,4,16` compiles the two kernels of an MBConv block.
+`--ffn-tile 2,64,2,4,4,1` for that of the FFN. `--block mbconv:128,4,16` compiles the two portable kernels of
+an MBConv block, `--mbconv-hopper-tile 1,4,4,16` the one for Hopper.
 """
 
 import argparse
@@ -22,18 +23,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fusion.planner import ffn_tile, hopper_tile, mbconv_tile
+from fusion.planner import ffn_tile, hopper_tile, mbconv_hopper_tile, mbconv_tile
 from fusion.planner.blocks import convfirst, ffn, mbconv
 from fusion.planner.families import MBCONV, Tile
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import WARPS, HopperTile
 from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape, MBConvShape
+from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.plan import block_shape, plan_block
 from fusion.planner.tile import ConvFirstTile, why_unsupported
 from fusion.triton_kernels import convfirst as portable
 from fusion.triton_kernels import convfirst_hopper as hopper
-from fusion.triton_kernels import ffn_hopper
+from fusion.triton_kernels import ffn_hopper, mbconv_hopper
 from fusion.triton_kernels import mbconv as mbconv_kernels
 from fusion.triton_kernels.convfirst import convfirst_kernel
 from fusion.triton_kernels.convfirst_hopper import convfirst_hopper_kernel
@@ -147,6 +149,41 @@ def compile_ffn_hopper(shape: FfnShape, tile: FfnTile) -> Resources:
     options = {"num_warps": ffn_tile.WARPS}
     capability = ffn_tile.COMPUTE_CAPABILITY
     return _compile(GluonASTSource, ffn_hopper.ffn_hopper_kernel, signature, values, capability, options)
+
+
+def compile_mbconv_hopper(shape: MBConvShape, tile: MBConvHopperTile) -> Resources:
+    """Compile the Hopper kernel of an MBConv block for a tile, for compute capability 9.0; no GPU is needed.
+
+    Raises ValueError for a block that no tile runs and for a tile that does not fit it, and RuntimeError under
+    TRITON_INTERPRET=1.
+    """
+    _refuse_interpreter()
+    _refuse(
+        shape,
+        mbconv_hopper_tile.why_unsupported(shape)
+        or mbconv_hopper_tile.why_malformed(tile)
+        or mbconv_hopper_tile.why_not_covering(tile, shape.height, shape.width),
+    )
+    spec = mbconv_hopper.constants(
+        shape.height,
+        shape.width,
+        shape.in_channels,
+        shape.hidden_channels,
+        shape.out_channels,
+        shape.squeeze_channels,
+        activation=shape.activation,
+        residual=shape.residual,
+        tile=tile,
+    )
+    boxes = mbconv_hopper.descriptor_boxes(spec)
+    arguments = mbconv_hopper.mbconv_hopper_kernel.arg_names
+    values = {name: None for name in arguments if name.endswith("_desc") and name not in boxes} | {"S": spec}
+    signature = {name: _argument_type(name, values, shape.dtype) for name in arguments}
+    for name, box in boxes.items():
+        signature[name] = f"tensordesc<{TYPES[shape.dtype]}{box},{mbconv_hopper.descriptor_layout(box)!r}>"
+    options = {"num_warps": mbconv_hopper_tile.WARPS}
+    capability = mbconv_hopper_tile.COMPUTE_CAPABILITY
+    return _compile(GluonASTSource, mbconv_hopper.mbconv_hopper_kernel, signature, values, capability, options)
 
 
 def compile_mbconv(
@@ -268,7 +305,7 @@ def _compile_rows(
 ) -> Iterator[dict[str, object]]:
     """A row for every kernel of a block. The type of a tile, if given, is that of the block too."""
     name, channels, expansion, size = block
-    name = {FfnTile: "ffn", MBConvTile: "mbconv"}.get(type(tile), name)
+    name = {FfnTile: "ffn", MBConvTile: "mbconv", MBConvHopperTile: "mbconv"}.get(type(tile), name)
     constructor = {"convfirst": convfirst, "ffn": ffn, "mbconv": mbconv}[name]
     graph = constructor(128, size, size, channels, expansion, dtype=dtype)
     if tile is None:
@@ -279,6 +316,8 @@ def _compile_rows(
         kernels = {"convfirst_hopper": compile_convfirst_hopper(shape, tile)}
     elif isinstance(tile, FfnTile):
         kernels = {"ffn_hopper": compile_ffn_hopper(shape, tile)}
+    elif isinstance(tile, MBConvHopperTile):
+        kernels = {"mbconv_hopper": compile_mbconv_hopper(shape, tile)}
     elif isinstance(tile, MBConvTile):
         kernels = compile_mbconv(shape, tile, capability)
     else:
@@ -362,12 +401,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=partial(_tile, tile_type=MBConvTile, count="13"),
         help="fields of MBConvTile with commas: compile the MBConv kernels",
     )
+    tiles.add_argument(
+        "--mbconv-hopper-tile",
+        type=partial(_tile, tile_type=MBConvHopperTile, count="4"),
+        help="fields of MBConvHopperTile with commas: compile the MBConv kernel for Hopper",
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     options = parser.parse_args(arguments)
-    for_hopper = options.hopper_tile or options.ffn_tile
+    for_hopper = options.hopper_tile or options.ffn_tile or options.mbconv_hopper_tile
     if for_hopper and any(capability != hopper_tile.COMPUTE_CAPABILITY for capability in options.capability):
-        option = "--hopper-tile" if options.hopper_tile else "--ffn-tile"
-        parser.error(f"{option} is for compute capability 9.0 only, leave --capability out")
+        parser.error(f"{type(for_hopper).__name__} is for compute capability 9.0 only, leave --capability out")
     tile = for_hopper or options.tile or options.mbconv_tile
     rows = [
         row

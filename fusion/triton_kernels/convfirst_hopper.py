@@ -61,9 +61,14 @@ from fusion.triton_kernels.hopper_parts import (
     bias_slab,
     fixed,
     hidden_bias,
+    join_columns,
     load_out_bias,
+    moved,
     processor_count,
     slab_start,
+    split_columns,
+    split_units,
+    taps,
     wait_for_previous_kernel,
     zeros,
 )
@@ -205,18 +210,6 @@ def first_row_and_column(index, jobs, S: gl.constexpr):
 
 
 @gluon.jit
-def join_columns(a, b):
-    """[block, n], [block, n] -> [block, 2 n]"""
-    return gl.join(a, b).permute((0, 2, 1)).reshape((a.shape[0], 2 * a.shape[1]))
-
-
-@gluon.jit
-def split_columns(x):
-    """[block, 2 n] -> [block, n], [block, n]"""
-    return gl.split(x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)))
-
-
-@gluon.jit
 def join_all(xs):
     """A power of two of [block, n] -> [block, channels]"""
     if len(xs) == 1:
@@ -224,16 +217,6 @@ def join_all(xs):
     else:
         HALF: gl.constexpr = len(xs) // 2
         return join_columns(join_all(xs[:HALF]), join_all(xs[HALF:]))
-
-
-@gluon.jit
-def split_units(x, UNIT: gl.constexpr):
-    """[block, channels] -> channels / unit of [block, unit]"""
-    if x.shape[1] == UNIT:
-        return (x,)
-    else:
-        a, b = split_columns(x)
-        return split_units(a, UNIT) + split_units(b, UNIT)
 
 
 @gluon.jit
@@ -291,13 +274,6 @@ def shifted_row(ring, atom, COLUMN: gl.constexpr, PIECE_INDEX: gl.constexpr, blo
     pixel = 8 + block * S.block + COLUMN * S.streams
     view = pieces.index(pixel * (S.slab // 16) + PIECE_INDEX % (S.slab // 16))
     return view._reinterpret(slab.dtype, [S.block, S.slab], rows_layout(S.slab)).slice(0, 16, dim=1)
-
-
-@gluon.jit
-def moved(matrices, zero):
-    """[count, rows, columns], from a first matrix on that the compiler does not know."""
-    SHAPE: gl.constexpr = [matrices.shape[0], matrices.shape[1], matrices.shape[2]]
-    return matrices.index(zero)._reinterpret(matrices.dtype, SHAPE, matrices.layout)
 
 
 @gluon.constexpr_function
@@ -359,13 +335,6 @@ def replace_chunk(weights, job, jobs, step, PARTITION: gl.constexpr, S: gl.const
             mbarrier.wait(free.index(slot), (last // S.weight_chunks) & 1)
             mbarrier.expect(full.index(slot), S.chunk_bytes)
             load_chunk(weights_desc, chunks, full.index(slot), following % S.steps, slot, S)
-
-
-@gluon.jit
-def taps(w, PIECE_INDEX: gl.constexpr, COLUMN: gl.constexpr, FIRST: gl.constexpr, ROWS: gl.constexpr):
-    """Weights of one column's taps to `ROWS` output rows, [16, 16 ROWS]; the last tap comes first."""
-    view = w.index((PIECE_INDEX * 3 + COLUMN + 1) * 3 + FIRST)
-    return view._reinterpret(w.dtype, [16 * ROWS, 16], rows_layout(16)).permute((1, 0))
 
 
 @gluon.jit

@@ -7,7 +7,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fusion.planner.slabs import NARROWEST
-from fusion.triton_kernels.hopper_layouts import hidden_bias_layout, plain_layout, sum_layout, thread_layout
+from fusion.triton_kernels.hopper_layouts import (
+    hidden_bias_layout,
+    plain_layout,
+    rows_layout,
+    sum_layout,
+    thread_layout,
+)
 
 BIAS_ROW = gl.constexpr(NARROWEST)
 """Elements of the output's bias that share an index: slabs start at multiples of it."""
@@ -28,6 +34,42 @@ def slab_start(slabs, index):
 @gluon.jit
 def zeros(ROWS: gl.constexpr, COLUMNS: gl.constexpr, dtype: gl.constexpr, LAYOUT: gl.constexpr):
     return gl.zeros((ROWS, COLUMNS), dtype, LAYOUT)
+
+
+@gluon.jit
+def join_columns(a, b):
+    """[block, n], [block, n] -> [block, 2 n]"""
+    return gl.join(a, b).permute((0, 2, 1)).reshape((a.shape[0], 2 * a.shape[1]))
+
+
+@gluon.jit
+def split_columns(x):
+    """[block, 2 n] -> [block, n], [block, n]"""
+    return gl.split(x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)))
+
+
+@gluon.jit
+def split_units(x, UNIT: gl.constexpr):
+    """[block, channels] -> channels / unit of [block, unit]"""
+    if x.shape[1] == UNIT:
+        return (x,)
+    else:
+        a, b = split_columns(x)
+        return split_units(a, UNIT) + split_units(b, UNIT)
+
+
+@gluon.jit
+def moved(matrices, zero):
+    """[count, rows, columns], from a first matrix on that the compiler does not know."""
+    SHAPE: gl.constexpr = [matrices.shape[0], matrices.shape[1], matrices.shape[2]]
+    return matrices.index(zero)._reinterpret(matrices.dtype, SHAPE, matrices.layout)
+
+
+@gluon.jit
+def taps(w, PIECE_INDEX: gl.constexpr, COLUMN: gl.constexpr, FIRST: gl.constexpr, ROWS: gl.constexpr):
+    """Weights of one column's taps to `ROWS` output rows, [16, 16 ROWS]; the last tap comes first."""
+    view = w.index((PIECE_INDEX * 3 + COLUMN + 1) * 3 + FIRST)
+    return view._reinterpret(w.dtype, [16 * ROWS, 16], rows_layout(16)).permute((1, 0))
 
 
 @gluon.jit

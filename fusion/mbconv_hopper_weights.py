@@ -19,9 +19,9 @@ class PackedMBConvHopper:
     hold it, its rows the hidden channels of a chunk, 8 of each half in turn. `weights` is `[rows, 64]`: first the
     convolution's taps, `[pieces of 16 channels, 3 columns, 3 rows, 16 out, 16 in]` with the last row first, zero
     between groups; then for each step of the projection `[step, 64]` of every slab of output channels, narrow ones
-    padded; all as shared memory holds them. `biases` is `[2 partitions, elements]`: for each of a partition's chunks, every other one, that of the
-    expansion in the order of its rows, and that of the convolution. `squeeze` is `[hidden, s padded]`, `excite`
-    `[s padded, hidden padded to 256]`. The other biases are fp32.
+    padded; all as shared memory holds them. `biases` is `[2 partitions, elements]`: for each of a partition's chunks,
+    every other one, that of the expansion in the order of its rows, and that of the convolution. `squeeze` is
+    `[hidden, s padded]`, `excite` `[s padded, hidden padded to 256]`. The other biases are fp32.
     """
 
     expand: Tensor

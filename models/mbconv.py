@@ -65,7 +65,7 @@ class MBConv(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def fused(self, tuner: Tuner = plan_block) -> FusedMBConv:
-        """The block's inference twin: batch norm folded, two kernels for a micro-batch of images.
+        """The block's inference twin: batch norm folded; on Hopper one kernel for small images, else two a micro-batch.
 
         It takes `[N, C, H, W]` in fp16 or bf16 on GPUs and any floating dtype on CPUs. `tuner` chooses the kernels'
         tile; `fusion.tuner.tune_block` does so by measurement.

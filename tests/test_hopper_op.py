@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fusion import ops
+from fusion.op_checks import check_gpu
 from fusion.planner.hopper_tile import HopperTile
 from fusion.reference import convfirst as reference
 
@@ -192,4 +193,4 @@ def test_the_capability_is_checked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     with pytest.raises(RuntimeError, match=r"Some GPU has compute capability 8\.6, the kernel needs 9\.0; pack"):
-        ops._check_gpu("fusion::some", torch.device("cuda", 0), "pack again")
+        check_gpu("fusion::some", torch.device("cuda", 0), "pack again")

@@ -69,7 +69,8 @@ def test_the_mbconv_kernels_are_launched(device, random_mbconv_weights):
     assert isinstance(packed, PackedMBConv)
     kernels.launch(x, packed, out, MBCONV, hidden_channels=64, activation="relu", residual=True)
     sizes = {"hidden_channels": 64, "out_channels": 24, "squeeze_channels": 6, "group_width": 8}
-    expected = kernels.run_mbconv(x, packed.tensors(), MBCONV.to_ints(), activation="relu", residual=True, **sizes)
+    options = {"activation": "relu", "residual": True, **sizes}
+    expected = kernels.run_mbconv("mbconv", x, packed.tensors(), MBCONV.to_ints(), **options)
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
 
 

@@ -41,19 +41,17 @@ way together."""
 MAX_STAGES = 6
 ARENA_ATOM = 1024
 """Bytes. Rows of products and copies by TMA start at multiples of it."""
-COMPILER_BYTES = 512
+COMPILER_BYTES = 640
 """Shared memory for barriers, alignment and what the compiler passes to the second partition, at most."""
 MAX_IMAGES = 2**20
 """The kernel's opaque zero is made of the image's number."""
 
 # Fitted to ten measurements on an H200 at batch 128 (tests/planner/test_mbconv_hopper_tile.py).
-LAUNCH_US = 7.0
-PIXEL_US = 0.0145
-"""Of a pixel and a chunk: activations, and the convolution."""
-EXPAND_US = 2.6e-5
-"""Of a pixel, a chunk and an input channel."""
-WEIGHTS_BYTES_PER_US = 62e3
-"""Of weights that a processor reads from L2, whatever they are hidden behind."""
+LAUNCH_US = 4.0
+PIXEL_US = 0.0176
+"""Of a pixel and a chunk."""
+BYTES_PER_US = 70e3
+"""That a processor moves from and to L2: weights, and hidden channels twice. Little of it is hidden behind the rest."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +246,8 @@ def why_invalid(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor
     if registers > MAX_REGISTERS:
         return (
             f"about {registers:.0f} registers a thread would spill, {MAX_REGISTERS} are available: the sums of "
-            f"{shape.out_channels} output channels stay in registers"
+            f"{shape.out_channels} output channels and weights of {shape.squeeze_channels} squeeze channels are kept in "
+            "them"
         )
     local = local_memory_bytes(tile, shape, processor)
     if local > processor.local_memory_bytes:
@@ -280,7 +279,7 @@ def local_memory_bytes(tile: MBConvHopperTile, shape: MBConvShape, processor: Pr
 
 
 def estimated_registers(tile: MBConvHopperTile, shape: MBConvShape) -> float:
-    """32-bit registers a thread: of the expansion, or of the projection with its left operands, this and the next."""
+    """32-bit registers a thread: of the expansion, of excite weights, or of the projection with its left operands."""
     expansion = CHUNK * tile.pixels / (32 * WARPS) + CHUNK / 2
     if tile.splits_columns:
         blocks, channels = 1, WIDEST * ceil(tile.out_tiles(shape.out_channels) / PARTITIONS)
@@ -288,7 +287,8 @@ def estimated_registers(tile: MBConvHopperTile, shape: MBConvShape) -> float:
         blocks = tile.blocks // PARTITIONS // tile.passes(shape.out_channels)
         channels = sum(tile.out_slabs(shape.out_channels))
     projection = blocks * (channels / 2 + 2 * tile.step(shape.out_channels) / 4)
-    return 60 + max(expansion, projection)
+    excitation = tile.squeeze(shape.squeeze_channels) * GATES / (2 * 32 * WARPS)
+    return 60 + max(expansion, excitation, projection)
 
 
 def programs_per_processor(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor) -> int:
@@ -299,15 +299,16 @@ def programs_per_processor(tile: MBConvHopperTile, shape: MBConvShape, processor
 def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor) -> float:
     """Predicted duration in microseconds: a fixed cost, and programs in rounds.
 
-    A program's time is that of its pixels and of the weights that it reads from L2.
+    A program's time is that of its pixels, and of what it reads from L2 and writes there.
     """
     chunks = tile.chunks(shape.hidden_channels)
     rounds = ceil(ceil(shape.batch / tile.images) / processor.processors)
-    produce = chunks * tile.pixels * (PIXEL_US + EXPAND_US * shape.in_channels) / PARTITIONS
-    matrices = sum(tile.in_slabs(shape.in_channels)) + 2 * tile.squeeze(shape.squeeze_channels)
-    matrices += WIDEST * tile.out_tiles(shape.out_channels) * tile.passes(shape.out_channels)
-    weights = 2 * chunks * (CHUNK * matrices + 2 * TAPS_ELEMENTS)
-    return LAUNCH_US + rounds * (produce + weights / WEIGHTS_BYTES_PER_US)
+    # Columns of all matrices of a chunk, and its pixels, which are written and read.
+    columns = sum(tile.in_slabs(shape.in_channels)) + 2 * tile.squeeze(shape.squeeze_channels)
+    columns += WIDEST * tile.out_tiles(shape.out_channels) * tile.passes(shape.out_channels)
+    elements = chunks * (CHUNK * (columns + 2 * tile.pixels) + 2 * TAPS_ELEMENTS)
+    l2_us = ELEMENT_SIZE[shape.dtype] * elements / BYTES_PER_US
+    return LAUNCH_US + rounds * (chunks * tile.pixels * PIXEL_US + l2_us)
 
 
 def candidate_tiles(shape: MBConvShape, processor: Processor) -> Iterator[MBConvHopperTile]:

@@ -3,10 +3,11 @@ from itertools import islice, pairwise
 import pytest
 
 from fusion.planner.blocks import convfirst, ffn, mbconv
-from fusion.planner.families import FFN, HOPPER, MBCONV, PORTABLE, families_of, family_named, family_of
+from fusion.planner.families import FFN, HOPPER, MBCONV, MBCONV_HOPPER, PORTABLE, families_of, family_named, family_of
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.match import match_convfirst, match_ffn, match_mbconv
+from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.processor import PROCESSORS
 from fusion.planner.tile import ConvFirstTile
@@ -46,6 +47,8 @@ def test_a_tile_knows_its_family_and_a_name_finds_it():
     assert family_of(ConvFirstTile(8, 16, 32, 32, 4)) is PORTABLE is family_named("convfirst")
     assert family_of(FfnTile(2, 64, 2, 4, 4, 1)) is FFN is family_named("ffn_hopper")
     assert family_of(MBConvTile(1, 4, 8, 32, 16, 16, 2, 2, 32, 16, 64, 2, 2)) is MBCONV is family_named("mbconv")
+    assert family_of(MBConvHopperTile(1, 2, 8, 16)) is MBCONV_HOPPER is family_named("mbconv_hopper")
+    assert families_of(SHAPES[-1]) == (MBCONV_HOPPER, MBCONV), "in order of preference"
     with pytest.raises(ValueError, match="kernel 'fast' is unknown; use one of convfirst_hopper, convfirst, ffn"):
         family_named("fast")
     with pytest.raises(TypeError, match="None is not a tile; use a HopperTile or a ConvFirstTile or a FfnTile"):
@@ -66,7 +69,7 @@ def test_a_family_has_candidates_or_a_reason(family, shape, processor):
         assert family.programs_per_processor(tile, shape, processor) >= 1
 
 
-@pytest.mark.parametrize("family", [HOPPER, PORTABLE, FFN, MBCONV], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [HOPPER, PORTABLE, FFN, MBCONV_HOPPER, MBCONV], ids=lambda family: family.name)
 def test_tiles_are_ranked_by_prediction(family):
     shape = next(shape for shape in SHAPES if isinstance(shape, family.shape_type))
     tiles = family.ranked_tiles(shape, PROCESSORS["h200"])

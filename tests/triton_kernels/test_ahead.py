@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fusion.planner import ffn_tile, hopper_tile, mbconv_tile
+from fusion.planner import ffn_tile, hopper_tile, mbconv_hopper_tile, mbconv_tile
 from fusion.planner.blocks import convfirst, ffn, mbconv
 from fusion.planner.ffn_tile import BLOCK_PIXELS, PARTITIONS, FfnTile
 from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.match import match_convfirst, match_ffn, match_mbconv
+from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
@@ -25,7 +26,13 @@ from fusion.planner.tile import (
     tensor_memory_columns,
 )
 from fusion.triton_kernels import convfirst_hopper
-from fusion.triton_kernels.ahead import PROCESSOR_OF_CAPABILITY, compile_convfirst, compile_convfirst_hopper, main
+from fusion.triton_kernels.ahead import (
+    PROCESSOR_OF_CAPABILITY,
+    compile_convfirst,
+    compile_convfirst_hopper,
+    compile_mbconv_hopper,
+    main,
+)
 
 BLOCKS = [(64, 6, 64), (48, 6, 64), (24, 3, 64), (16, 3, 128)]
 TILE = ConvFirstTile(8, 16, 32, 32, 4)
@@ -154,6 +161,8 @@ def test_interpreted_kernels_cannot_be_compiled():
     ):
         with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1.*unset it before Triton is imported"):
             compile_kernel(shape_of(BLOCKS[0]), tile)
+    with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1"):
+        compile_mbconv_hopper(match_mbconv(mbconv(1, 8, 8, 16, 4)), MBConvHopperTile(1, 1, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +204,26 @@ def test_resources_of_the_mbconv_kernels():
         assert row["shared_bytes"] <= estimate + ALIGNMENT_BYTES, row
 
 
+@pytest.mark.parametrize(
+    "block, tile",
+    [((128, 4, 16), MBConvHopperTile(1, 2, 8, 16)), ((144, 4, 8), MBConvHopperTile(1, 1, 8, 8))],
+    ids=str,
+)
+def test_resources_of_the_mbconv_kernel_for_hopper(block, tile):
+    """Products are not serialised, next to nothing is spilled, and the planner knows the shared memory."""
+    options = ["--mbconv-hopper-tile", ",".join(map(str, tile.to_ints()))]
+    (row,) = json.loads(run_main("--json", "--block", f"mbconv:{','.join(map(str, block))}", *options))
+    assert (tuple(row["block"]), row["kernel"], row["tile"]) == (block, "mbconv_hopper", tile.to_ints())
+    assert row["hgmma"] > 0 and row["hmma"] == 0, row
+    assert row["warpgroup"] < 2 * row["hgmma"], "two fences and waits for each would be products one by one"
+    assert row["stack_bytes"] <= 64, row
+    channels, alpha, size = block
+    shape = match_mbconv(mbconv(128, size, size, channels, alpha))
+    assert mbconv_hopper_tile.why_invalid(tile, shape, PROCESSORS["h200"]) is None
+    estimate = mbconv_hopper_tile.local_memory_bytes(tile, shape, PROCESSORS["h200"])
+    assert 0 <= estimate - row["shared_bytes"] < mbconv_hopper_tile.COMPILER_BYTES, row
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 def test_unsupported_blocks_are_refused():
     shape = match_convfirst(convfirst(1, 8, 8, 16, 3, dtype="float32"))
@@ -203,6 +232,13 @@ def test_unsupported_blocks_are_refused():
     shape = match_convfirst(convfirst(1, 8, 8, 16, 3, activation="silu"))
     with pytest.raises(ValueError, match=r"does not run .*activation silu is not supported, use relu"):
         compile_convfirst_hopper(shape, HopperTile(64, 64, 2, 2, 1, 64, 0))
+    for options, tile, message in (
+        ({"group_width": 16}, (1, 1, 8, 8), "kernel size 3 with group width 16 is not supported, use 3 and 8"),
+        ({}, (1, 3, 8, 8), "rows=3 is not one of 1, 2, 4"),
+        ({}, (1, 1, 16, 4), "do not cover images of 8x8 pixels evenly"),
+    ):
+        with pytest.raises(ValueError, match=f"does not run .*{message}"):
+            compile_mbconv_hopper(match_mbconv(mbconv(1, 8, 8, 16, 4, **options)), MBConvHopperTile(*tile))
 
 
 @pytest.mark.parametrize(
@@ -217,10 +253,26 @@ def test_unsupported_blocks_are_refused():
         (["--block", "64,6,64", "--hopper-tile", "8"], "'8' does not have the fields of HopperTile, 7"),
         (["--block", "64,6,64", "--ffn-tile", "8"], "'8' does not have the fields of FfnTile, 6"),
         (["--block", "64,6,64", "--mbconv-tile", "8"], "'8' does not have the fields of MBConvTile, 13"),
+        (
+            ["--block", "mbconv:64,4,8", "--mbconv-hopper-tile", "1,1,8"],
+            "'1,1,8' does not have the fields of MBConvHopperTile, 4",
+        ),
         (["--block", "resnet:64,6,64"], "a block is CHANNELS,EXPANSION,SIZE, after convfirst: or mbconv: if you like"),
         (
             ["--block", "64,6,64", "--hopper-tile", "64,64,2,2,1,64,0", "--capability", "8.0"],
-            "--hopper-tile is for compute capability 9.0 only",
+            "HopperTile is for compute capability 9.0 only, leave --capability out",
+        ),
+        (
+            ["--block", "64,6,64", "--ffn-tile", "2,64,2,6,6,1", "--capability", "8.0"],
+            "FfnTile is for compute capability 9.0 only, leave --capability out",
+        ),
+        (
+            ["--block", "mbconv:64,4,8", "--mbconv-hopper-tile", "1,1,8,8", "--capability", "9.0", "10.0"],
+            "MBConvHopperTile is for compute capability 9.0 only, leave --capability out",
+        ),
+        (
+            ["--block", "mbconv:64,4,8", "--mbconv-hopper-tile", "1,1,8,8", "--mbconv-tile", "8"],
+            "argument --mbconv-tile: ",
         ),
     ],
 )

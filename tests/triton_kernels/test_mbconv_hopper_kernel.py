@@ -1,0 +1,366 @@
+"""The MBConv kernel on a GPU of compute capability 9.0: Triton's interpreter does not know Gluon."""
+
+import time
+from dataclasses import dataclass, replace
+from random import Random
+
+import pytest
+import torch
+
+from fusion import kernels, mbconv_ops
+from fusion.planner.blocks import mbconv as mbconv_graph
+from fusion.planner.match import match_mbconv
+from fusion.planner.mbconv_hopper_tile import MBConvHopperTile, candidate_tiles, why_invalid
+from fusion.planner.processor import PROCESSORS
+from fusion.reference import mbconv
+from fusion.triton_kernels import mbconv_hopper
+from models import MBConv
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
+
+FEW_PROCESSORS = 2
+"""With so few, a batch takes several launches."""
+CHAIN = 8
+LAUNCHES = 200
+HANG_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Case:
+    channels: int
+    hidden: int
+    tile: tuple[int, int, int, int]
+    out_channels: int | None = None
+    squeeze: int = 6
+    size: tuple[int, int] = (8, 8)
+    batch: int = 3
+    activation: str = "silu"
+    dtype: torch.dtype = torch.float16
+
+    def __str__(self):
+        channels = f"{self.channels}-{self.hidden}-{self.out_channels or self.channels}s{self.squeeze}"
+        image = "x".join(map(str, (self.batch, *self.size)))
+        return f"{channels}-{image}-{self.activation}-{','.join(map(str, self.tile))}-{self.dtype_name}"
+
+    @property
+    def dtype_name(self):
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def residual(self):
+        return self.out_channels in (None, self.channels)
+
+    @property
+    def planned(self):
+        return MBConvHopperTile(*self.tile)
+
+    def shape(self):
+        graph = mbconv_graph(
+            self.batch,
+            *self.size,
+            self.channels,
+            hidden_channels=self.hidden,
+            out_channels=self.out_channels,
+            squeeze_channels=self.squeeze,
+            activation=self.activation,
+            dtype=self.dtype_name,
+        )
+        return match_mbconv(graph)
+
+    def input(self):
+        torch.manual_seed(sum(self.size) + self.channels)
+        x = torch.randn(self.batch, self.channels, *self.size).to("cuda", self.dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def weights(self, random_mbconv_weights):
+        return random_mbconv_weights(self.channels, self.hidden, self.out_channels, self.squeeze)
+
+
+CASES = [
+    # Channels that fill their slabs and that do not; hidden channels of one chunk, an odd number, and many, that fill
+    # the last one and do not; squeeze vectors that fill their padding and do not.
+    Case(8, 8, (4, 1, 16, 4), squeeze=3, size=(4, 4), batch=5),
+    Case(24, 72, (2, 1, 8, 8), size=(5, 5)),
+    Case(40, 160, (2, 1, 8, 8), squeeze=3, size=(7, 7), batch=5),
+    Case(64, 128, (1, 1, 16, 16), squeeze=16, size=(9, 13)),
+    Case(72, 288, (1, 2, 8, 16), squeeze=18, size=(14, 14)),
+    Case(144, 576, (1, 4, 4, 16), squeeze=33, size=(16, 16)),
+    Case(144, 576, (2, 1, 8, 8), squeeze=36, batch=5),
+    Case(32, 104, (1, 2, 8, 8), squeeze=18),
+    # Output channels that take two passes, that the partitions divide, and that take half a chunk a step.
+    Case(256, 1024, (1, 4, 4, 16), squeeze=64, size=(16, 16)),
+    Case(256, 1000, (1, 1, 8, 8), squeeze=64),
+    Case(192, 384, (1, 2, 8, 16), squeeze=48, size=(14, 14)),
+    Case(384, 512, (1, 1, 8, 8), squeeze=96),
+    # Other output than input channels: in the same slabs as the input, in more, in fewer.
+    Case(24, 72, (4, 1, 8, 8), out_channels=32, size=(7, 7), batch=5),
+    Case(40, 160, (1, 4, 4, 16), out_channels=112, squeeze=3, size=(12, 12)),
+    Case(128, 512, (2, 1, 8, 8), out_channels=256, squeeze=32),
+    Case(72, 200, (1, 1, 16, 16), out_channels=24, squeeze=33, size=(9, 13)),
+    # Images of a pixel, of a row, wider than high and higher than wide, one image.
+    Case(16, 64, (2, 1, 64, 1), size=(1, 1), batch=5),
+    Case(16, 64, (1, 1, 64, 1), size=(1, 1), batch=1),
+    Case(16, 72, (2, 1, 1, 64), size=(1, 33)),
+    Case(16, 72, (1, 2, 2, 64), size=(4, 40)),
+    Case(16, 72, (1, 1, 64, 2), size=(33, 2)),
+    Case(16, 72, (1, 4, 16, 4), size=(4, 4), batch=1),
+    Case(24, 96, (1, 2, 8, 16), size=(12, 12), batch=1),
+    # The other activation and the other dtype.
+    Case(40, 160, (2, 2, 8, 8), squeeze=3, activation="relu"),
+    Case(72, 288, (1, 2, 8, 16), squeeze=18, size=(14, 14), activation="relu"),
+    Case(24, 72, (2, 1, 8, 8), size=(5, 5), dtype=torch.bfloat16),
+    Case(144, 576, (1, 4, 4, 16), squeeze=33, size=(16, 16), dtype=torch.bfloat16),
+    Case(40, 160, (1, 1, 16, 16), out_channels=64, squeeze=18, size=(9, 13), activation="relu", dtype=torch.bfloat16),
+]
+
+
+def empty_output(x, channels):
+    """Full of NaN."""
+    out = torch.full((x.shape[0], channels, *x.shape[2:]), float("nan"), dtype=x.dtype, device=x.device)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def run_kernel(x, weights, case, packed=None, out=None):
+    packed = packed or kernels.pack(weights, case.planned, x.dtype, x.device)
+    out = empty_output(x, weights.out_channels) if out is None else out
+    sizes = {"hidden_channels": case.hidden, "activation": case.activation, "residual": case.residual}
+    kernels.launch(x, packed, out, case.planned, **sizes)
+    return out
+
+
+def run_op(x, weights, case):
+    packed = kernels.pack(weights, case.planned, x.dtype, x.device).tensors()
+    sizes = case.hidden, weights.out_channels, case.squeeze
+    return mbconv_ops.mbconv_hopper(x, *packed, *sizes, case.activation, case.residual, case.planned.to_ints())
+
+
+def apply_reference(x, weights, case):
+    """The block in the dtype of `x`."""
+    return mbconv(x, *(w.to(x.device) for w in vars(weights).values()), case.activation, case.residual)
+
+
+def check(case, random_mbconv_weights, assert_within_rule):
+    assert why_invalid(case.planned, case.shape(), PROCESSORS["h200"]) is None
+    weights, x = case.weights(random_mbconv_weights), case.input()
+    out, again = run_kernel(x, weights, case), run_kernel(x, weights, case)
+    assert_within_rule(out, apply_reference(x, weights, case), apply_reference(x.double(), weights, case))
+    assert torch.equal(out, again)
+    return x, weights, out
+
+
+@pytest.fixture
+def workspaces(monkeypatch):
+    """Elements of each workspace that a launch allocates, which are full of NaN."""
+    sizes, empty = [], torch.empty
+
+    def poisoned(*size, **options):
+        sizes.append(size[0])
+        return empty(*size, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(mbconv_hopper.torch, "empty", poisoned)
+    return sizes
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_reference(case, random_mbconv_weights, assert_within_rule):
+    """The operator launches the same."""
+    x, weights, out = check(case, random_mbconv_weights, assert_within_rule)
+    assert torch.equal(run_op(x, weights, case), out)
+
+
+GPU_CASES = [
+    Case(24, 96, (1, 1, 8, 8), size=(8, 8), batch=300),
+    Case(24, 96, (1, 1, 8, 8), size=(4, 4), batch=5),
+    Case(72, 288, (1, 4, 4, 16), squeeze=18, size=(16, 16), batch=140),
+    Case(144, 360, (1, 1, 8, 8), squeeze=36, size=(8, 8), batch=5, dtype=torch.bfloat16),
+    Case(256, 512, (1, 1, 8, 8), squeeze=64, size=(7, 7), batch=5, activation="relu"),
+]
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_candidate_tiles(case, random_mbconv_weights, assert_within_rule):
+    """A compiler may break one tile and spare all others."""
+    from fusion.probe import processor_of
+
+    tiles = list(candidate_tiles(case.shape(), processor_of()))
+    assert tiles
+    for tile in tiles:
+        check(replace(case, tile=tuple(tile.to_ints())), random_mbconv_weights, assert_within_rule)
+
+
+LAUNCH_CASES = [
+    Case(24, 72, (1, 1, 8, 8), size=(5, 5), batch=7),
+    Case(24, 72, (2, 1, 8, 8), size=(5, 5), batch=11),
+    Case(24, 72, (4, 1, 8, 8), size=(5, 5), batch=19),
+    Case(144, 576, (1, 4, 4, 16), squeeze=33, size=(16, 16), batch=5),
+]
+
+
+@pytest.mark.parametrize("case", LAUNCH_CASES, ids=str)
+def test_who_computes_an_image_changes_no_bit(case, random_mbconv_weights, monkeypatch):
+    """Neither a program for itself, nor several launches that share one workspace."""
+    weights, x = case.weights(random_mbconv_weights), case.input()
+    together = run_kernel(x, weights, case)
+    alone = [run_kernel(x[index : index + 1], weights, case) for index in range(case.batch)]
+    assert torch.equal(together, torch.cat(alone))
+    monkeypatch.setattr(mbconv_hopper, "processor_count", lambda device: FEW_PROCESSORS)
+    assert case.batch > 2 * FEW_PROCESSORS * case.planned.images
+    for _ in range(3):
+        assert torch.equal(run_kernel(x, weights, case), together)
+
+
+@pytest.mark.parametrize("case", [*CASES[1:8], CASES[8], CASES[16], LAUNCH_CASES[2]], ids=str)
+def test_reads_nothing_of_the_workspace_that_it_has_not_written(case, random_mbconv_weights, workspaces, monkeypatch):
+    monkeypatch.setattr(mbconv_hopper, "processor_count", lambda device: FEW_PROCESSORS)
+    weights, x = case.weights(random_mbconv_weights), case.input()
+    packed, out = kernels.pack(weights, case.planned, x.dtype, x.device), empty_output(x, weights.out_channels)
+    workspaces.clear()
+    run_kernel(x, weights, case, packed, out)
+    programs = min(-(-case.batch // case.planned.images), FEW_PROCESSORS)
+    assert workspaces == [programs * case.planned.workspace_elements(case.hidden)], "one for all launches"
+    monkeypatch.undo()
+    assert out.isfinite().all()
+    assert torch.equal(run_kernel(x, weights, case, packed), out)
+
+
+@pytest.mark.parametrize("tile", [(1, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 8), (1, 2, 8, 8)], ids=str)
+@pytest.mark.parametrize("out_channels", [24, 32])
+def test_reads_and_writes_its_own_images_only(out_channels, tile, random_mbconv_weights):
+    """What lies before and after the images in memory is neither read nor written, even if a program has room."""
+    size = (7, 7) if tile[1] == 1 else (8, 7)
+    case = Case(24, 72, tile, out_channels, size=size, batch=5)
+    weights, x = case.weights(random_mbconv_weights), case.input()
+    expected = run_kernel(x[1:4].clone(memory_format=torch.channels_last), weights, case)
+    x[[0, 4]] = float("nan")
+    out = empty_output(x, out_channels)
+    run_kernel(x[1:4], weights, case, out=out[1:4])
+    assert out[1:4].isfinite().all()
+    assert torch.equal(out[1:4], expected)
+    assert out[[0, 4]].isnan().all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+@pytest.mark.parametrize("tile", [(1, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 8), (2, 2, 8, 8)], ids=str)
+def test_an_image_does_not_change_its_neighbours(tile, activation, random_mbconv_weights):
+    """Not in a program that computes several images either, whatever is in one of them."""
+    case = Case(24, 72, tile, size=(8, 8), batch=5, activation=activation)
+    weights, x = case.weights(random_mbconv_weights), case.input()
+    expected = run_kernel(x, weights, case)
+    for index in range(case.batch):
+        poisoned = x.clone(memory_format=torch.channels_last)
+        poisoned[index] = float("nan")
+        others = [other for other in range(case.batch) if other != index]
+        assert torch.equal(run_kernel(poisoned, weights, case)[others], expected[others])
+
+
+def test_sums_are_fp32(random_mbconv_weights):
+    """The sums of a pool leave the range of fp16, and partial sums of the expansion too."""
+    case = Case(32, 64, (1, 1, 8, 8), activation="relu", batch=1)
+    weights = case.weights(random_mbconv_weights)
+    weights.expand[:, :16] = 1.0
+    weights.expand[:, 16:] = -1.0
+    weights.expand[:, 0] += 0.5
+    x = torch.full_like(case.input(), 8192.0)
+    largest = torch.finfo(x.dtype).max
+    identity = {"project": torch.eye(64, dtype=torch.float64), "project_bias": torch.zeros(64, dtype=torch.float64)}
+    hidden = apply_reference(x.double(), replace(weights, **identity), replace(case, out_channels=64))
+    assert 16 * x.max().item() > largest
+    assert hidden.max() < largest < hidden.sum((2, 3)).max()
+    exact = apply_reference(x.double(), weights, case)
+    out = run_kernel(x, weights, case)
+    assert ((out.double() - exact).norm() / exact.norm()).item() < 2e-3
+
+
+CHAIN_CASES = [
+    Case(128, 512, (1, 4, 4, 16), squeeze=32, size=(16, 16), batch=140),
+    Case(144, 576, (1, 1, 8, 8), squeeze=36, size=(8, 8), batch=200),
+    Case(24, 72, (2, 1, 8, 8), size=(7, 7)),
+]
+
+
+@pytest.mark.parametrize("case", CHAIN_CASES, ids=str)
+def test_kernels_overlap_without_races(case, random_mbconv_weights):
+    """A kernel may start before the one ahead has finished: blocks back to back are as right as one at a time."""
+    weights, x = case.weights(random_mbconv_weights), case.input()
+    packed = kernels.pack(weights, case.planned, x.dtype, x.device)
+    buffers = [empty_output(x, case.channels) for _ in range(2)]
+
+    def chain(synchronize):
+        out = x
+        for index in range(CHAIN):
+            out = run_kernel(out, weights, case, packed, buffers[index % 2])
+            if synchronize:
+                torch.cuda.synchronize()
+            if index % 2:
+                out.mul_(0.25)  # reads what was just written, and writes what is read next
+        return out.clone()
+
+    expected = chain(synchronize=True)
+    assert expected.isfinite().all()
+    for _ in range(3):
+        for buffer in buffers:
+            buffer.fill_(float("nan"))
+        assert torch.equal(chain(synchronize=False), expected)
+
+
+def test_two_streams_at_once(random_mbconv_weights):
+    """No program waits for another, so kernels that share the processors neither hang nor disturb each other."""
+    random = Random(0)
+    blocks = [CASES[index] for index in (0, 1, 4, 5, 6, 8, 12)] + CHAIN_CASES[:2]
+    packed = [kernels.pack(case.weights(random_mbconv_weights), case.planned, case.dtype, "cuda") for case in blocks]
+    work = []
+    for _ in range(LAUNCHES):
+        index = random.randrange(len(blocks))
+        case = replace(blocks[index], batch=random.randint(1, 300))
+        weights, x = case.weights(random_mbconv_weights), case.input()
+        expected = run_kernel(x, weights, case, packed[index])
+        work.append((x, weights, case, packed[index], empty_output(x, weights.out_channels), expected))
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for number, (*arguments, _) in enumerate(work):
+        with torch.cuda.stream(streams[number % 2]):
+            run_kernel(*arguments)
+    ends = [stream.record_event() for stream in streams]
+    deadline = time.monotonic() + HANG_SECONDS
+    while not all(end.query() for end in ends):
+        assert time.monotonic() < deadline, "the kernels hang"
+        time.sleep(0.01)
+    wrong = [str(case) for _, _, case, _, out, expected in work if not torch.equal(out, expected)]
+    assert not wrong
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms_give_equal_bits(random_mbconv_weights, deterministic):
+    case = CHAIN_CASES[0]
+    weights, x = case.weights(random_mbconv_weights), case.input()
+    outs = [run_op(x, weights, case) for _ in range(5)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    torch.use_deterministic_algorithms(False)
+    assert torch.equal(run_op(x, weights, case), outs[0])
+
+
+@pytest.mark.parametrize("channels, size", [(64, 16), (72, 7)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_module_takes_the_kernel(dtype, channels, size, assert_within_rule):
+    torch.manual_seed(0)
+    block = MBConv(channels, channels).eval().requires_grad_(False)
+    for bn in (block.expand_bn, block.conv_bn, block.project_bn):
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.5, 2.0)
+    fused = block.fused()
+    x = torch.randn(5, channels, size, size).to("cuda", dtype)
+    plan = fused.plan(x)
+    assert plan.kernel == "mbconv_hopper" and isinstance(plan.tile, MBConvHopperTile)
+    out = fused(x)
+    packed = kernels.pack(fused.weights, plan.tile, dtype, "cuda").tensors()
+    sizes = fused.weights.hidden_channels, channels, fused.weights.squeeze_channels
+    assert torch.equal(mbconv_ops.mbconv_hopper(x, *packed, *sizes, "silu", True, plan.tile.to_ints()), out)
+    exact = block.to("cuda", torch.float64)(x.double())
+    assert_within_rule(out, block.to(dtype)(x), exact)

@@ -246,8 +246,8 @@ def why_invalid(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor
     if registers > MAX_REGISTERS:
         return (
             f"about {registers:.0f} registers a thread would spill, {MAX_REGISTERS} are available: the sums of "
-            f"{shape.out_channels} output channels and weights of {shape.squeeze_channels} squeeze channels are kept in "
-            "them"
+            f"{shape.out_channels} output channels and weights of {shape.squeeze_channels} squeeze channels stay in "
+            "registers"
         )
     local = local_memory_bytes(tile, shape, processor)
     if local > processor.local_memory_bytes:

@@ -4,7 +4,8 @@
     compute-sanitizer --tool racecheck --kernel-regex kns=hopper python bench/sanitize.py
 
 One tile of each way to run: one and two partitions, weights that stay and weights that are streamed, every width of a
-slab, images side by side. Sizes leave tiles partly empty. Prints the error against float64 of each.
+slab, images side by side, one and several images a program, pixels or output channels divided. Sizes leave tiles partly
+empty. Prints the error against float64 of each.
 """
 
 import torch
@@ -15,6 +16,7 @@ from fusion.bench.random_blocks import random_block
 from fusion.planner.families import Tile, family_of
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import HopperTile
+from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.reference import relative_error
 
 RUNS = (
@@ -24,21 +26,24 @@ RUNS = (
     ("48,3,20", HopperTile(64, 32, 3, 2, 1, 16, 3)),
     ("ffn:24,4,9", FfnTile(2, 64, 2, 2, 2, 1)),
     ("ffn:64,8,9", FfnTile(2, 64, 2, 3, 3, 1)),
+    ("mbconv:24,4,7", MBConvHopperTile(1, 1, 8, 8)),
+    ("mbconv:40,4,8", MBConvHopperTile(2, 1, 8, 8)),
+    ("mbconv:144,2,14", MBConvHopperTile(1, 2, 8, 16)),
 )
 BATCH = 3
 
 
 def check(block: str, tile: Tile) -> float:
     """Error of one launch against float64."""
-    config = parse_block(block, types=("convfirst", "ffn"))
+    config = parse_block(block, types=("convfirst", "ffn", "mbconv"))
     module = random_block(config, seed=0)
-    weights = module.fused().weights
-    packed = kernels.pack(weights, tile, torch.float16, "cuda")
+    twin = module.fused()
+    packed = kernels.pack(twin.weights, tile, torch.float16, "cuda")
     x = torch.randn(BATCH, config.channels, config.hw, config.hw, generator=torch.Generator().manual_seed(0))
     x = x.to(torch.float16, memory_format=torch.channels_last)
     expected = module.double()(x.double())
     out = torch.full_like(x, float("nan"), device="cuda")
-    sizes = {"hidden_channels": weights.hidden_channels, "activation": "relu", "residual": True}
+    sizes = {"hidden_channels": twin.weights.hidden_channels, "activation": twin.activation, "residual": twin.residual}
     kernels.launch(x.cuda(), packed, out, tile, **sizes)
     return relative_error(out.cpu(), expected)
 

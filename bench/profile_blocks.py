@@ -1,9 +1,10 @@
-"""Read hardware counters of the fused ConvFirst kernel with Nsight Compute: what is busy, and what warps wait for.
+"""Read hardware counters of fused kernels with Nsight Compute: what is busy, and what warps wait for.
 
-    python bench/profile_convfirst.py --results bench/results/h200/convfirst.json --block 64,6,64 --json profile.json
+    python bench/profile_blocks.py --results bench/results/h200/convfirst.json --block 64,6,64 --json profile.json
+    python bench/profile_blocks.py --results bench/results/h200/mbconv.json --block mbconv:128,4,16 --json profile.json
 
-Takes each block's tile from the results of `python -m fusion.bench convfirst`. Needs `ncu` and the right to read
-counters. Clocks are left as they are, and the caches hold what the launch before left.
+Takes each block's tile from the results of `python -m fusion.bench`, for blocks that run as one kernel. Needs `ncu` and
+the right to read counters. Clocks are left as they are, and the caches hold what the launch before left.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +23,7 @@ from fusion import kernels
 from fusion.bench import report
 from fusion.bench.blocks import BlockConfig, parse_block
 from fusion.bench.random_blocks import random_block
-from fusion.planner.families import Tile
-from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.tile import ConvFirstTile
+from fusion.planner.families import HOPPER, MBCONV_HOPPER, PORTABLE, Tile, family_of
 
 LAUNCHES = 4
 SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "ComputeWorkloadAnalysis", "LaunchStats", "SchedulerStats")
@@ -46,21 +46,35 @@ LEAST_STALL = 0.1
 
 def launch(config: BlockConfig, batch: int, tile: Tile) -> None:
     """Launch the kernel a few times on random input and weights."""
-    weights = random_block(config, seed=0).fused().weights
-    packed = kernels.pack(weights, tile, torch.float16, "cuda")
+    twin = random_block(config, seed=0).fused()
+    packed = kernels.pack(twin.weights, tile, torch.float16, "cuda")
     x = torch.randn(batch, config.channels, config.hw, config.hw, device="cuda", dtype=torch.float16)
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
-    sizes = {"hidden_channels": weights.hidden_channels, "activation": "relu", "residual": True}
+    sizes = {"hidden_channels": twin.weights.hidden_channels, "activation": twin.activation, "residual": twin.residual}
     for _ in range(LAUNCHES):
         kernels.launch(x, packed, out, tile, **sizes)
     torch.cuda.synchronize()
 
 
+def read_tile(text: str) -> Tile:
+    """A tile of a kernel that runs a block by itself, from its `repr`. Raises NameError for any other."""
+    kinds = {family.tile_type.__name__: family.tile_type for family in (HOPPER, PORTABLE, MBCONV_HOPPER)}
+    return eval(text, {"__builtins__": {}}, kinds)
+
+
 def read_counters(config: BlockConfig, batch: int, tile: str) -> dict[str, object]:
     """Counters of the last launch in a process of its own."""
     script = [sys.executable, __file__, "--block", str(config), "--batch", str(batch), "--launch", tile]
-    ncu = ["ncu", "--clock-control", "none", "--cache-control", "none", "-k", "regex:convfirst.*kernel"]
+    ncu = [
+        "ncu",
+        "--clock-control",
+        "none",
+        "--cache-control",
+        "none",
+        "-k",
+        f"regex:{family_of(read_tile(tile)).name}_kernel",
+    ]
     ncu += ["--launch-skip", str(LAUNCHES - 1), "--launch-count", "1", "--csv", "--page", "raw"]
     ncu += [argument for section in SECTIONS for argument in ("--section", section)]
     result = subprocess.run([*ncu, *script], capture_output=True, text=True)
@@ -80,25 +94,25 @@ def read_counters(config: BlockConfig, batch: int, tile: str) -> dict[str, objec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--block", action="append", type=parse_block, required=True, metavar="C,ALPHA,HW")
-    parser.add_argument("--results", type=Path, help="JSON of python -m fusion.bench convfirst")
+    block = partial(parse_block, types=("convfirst", "mbconv"))
+    parser.add_argument("--block", action="append", type=block, required=True, metavar="[TYPE:]C,ALPHA,HW")
+    parser.add_argument("--results", type=Path, help="JSON of python -m fusion.bench convfirst or mbconv")
     parser.add_argument("--batch", type=int, default=128, metavar="N")
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--launch", metavar="TILE", help="only launch the one block's kernel with this tile")
     args = parser.parse_args()
     if args.launch:
-        kinds = {kind.__name__: kind for kind in (ConvFirstTile, HopperTile)}
-        launch(args.block[0], args.batch, eval(args.launch, {"__builtins__": {}}, kinds))
+        launch(args.block[0], args.batch, read_tile(args.launch))
         return
     if args.results is None:
-        parser.error("--results says which tiles to run: make it with python -m fusion.bench convfirst --json PATH")
+        parser.error("--results says which tiles to run: make it with python -m fusion.bench COMMAND --json PATH")
     if args.json:
         report.check_writable(args.json)
     measured = json.loads(args.results.read_text())["rows"]
-    plans = {(row["channels"], row["alpha"], row["hw"]): row["plan"] for row in measured}
+    plans = {(row["block"], row["channels"], row["alpha"], row["hw"]): row["plan"] for row in measured}
     rows = []
     for config in args.block:
-        sizes = {"channels": config.channels, "alpha": config.alpha, "hw": config.hw}
+        sizes = {"block": config.block, "channels": config.channels, "alpha": config.alpha, "hw": config.hw}
         plan = plans[tuple(sizes.values())]
         rows.append({**sizes, "batch": args.batch, "plan": plan, **read_counters(config, args.batch, plan)})
         print(json.dumps(rows[-1]), flush=True)

@@ -100,9 +100,11 @@ def cache_key(shape: BlockShape, device: torch.device) -> cache.CacheKey:
 
 
 def kernel_sources() -> list[Path]:
-    """The files that hold the kernels of all families."""
+    """The files that hold the kernels of all families, and what they share."""
     folder = Path(triton_kernels.__file__).parent
-    return sorted(path for pattern in ("convfirst*.py", "ffn*.py", "mbconv*.py") for path in folder.glob(pattern))
+    return sorted(
+        path for pattern in ("convfirst*.py", "ffn*.py", "mbconv*.py", "hopper*.py") for path in folder.glob(pattern)
+    )
 
 
 def search(

@@ -6,8 +6,8 @@ sums within one program, and no program waits for another. Its two partitions, a
 *Produce*: the partitions take turns at *chunks* of 64 hidden channels. A chunk is expanded from the input, which is in
 shared memory, by products whose rows are hidden channels and whose columns are all pixels of the tile. Half of it at a
 time is activated, transposed into a buffer of rows in shared memory, and convolved by products of shifted views of that
-buffer. The result is activated, summed over the pixels, and written, as the registers hold it, to a workspace that is
-small enough to stay in L2.
+buffer. The result is activated, summed over the pixels, and written, as the registers hold it, to a workspace that
+stays in L2 as far as it has room.
 
 *Project*: squeeze and excite give each hidden channel its gate. The hidden channels come back to registers, which now
 hold the left operand of a product, are multiplied by their gates, and projected. The projection's weights come through
@@ -16,7 +16,8 @@ a ring in shared memory, by TMA, for both partitions.
 An image of `height x width` pixels is cut into `bands` of `rows` rows each. Row j of all bands is a *row buffer*, whose
 pixels lie column by column, those of all bands in turn. So a shift by a column is a shift by `bands` pixels, zeros
 before and after a row buffer are the image's left and right edges, and the row above the first of a band is the last
-one of the band before: a copy of that row, shifted by one pixel, in which the last band is zero.
+one of the band before: a copy of that row, shifted by one pixel, in which the last band is zero. Likewise the row
+below the last of a band is a copy of the first one, in which the first band is zero.
 
 Programmatic dependent launch: the kernel may start before the one ahead of it in the stream has finished, and reads
 nothing but weights and biases until it has.

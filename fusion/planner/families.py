@@ -8,7 +8,7 @@ from fusion.planner import tile as portable_tile
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.graph import BlockGraph
 from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.lower import block_fused, two_pass
+from fusion.planner.lower import block_fused, image_fused, two_pass
 from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape, MBConvShape
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
@@ -140,6 +140,7 @@ MBCONV_HOPPER = KernelFamily(
     programs_per_processor=mbconv_hopper_tile.programs_per_processor,
     pixel_tile=lambda tile, shape: None,
     design=lambda tile: (tile.images, tile.rows),
+    lower=image_fused,
 )
 
 FAMILIES = (HOPPER, PORTABLE, FFN, MBCONV_HOPPER, MBCONV)

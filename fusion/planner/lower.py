@@ -73,6 +73,49 @@ def two_pass(graph: BlockGraph, pixel_tile: tuple[int, int] | None = None, hidde
     Tile sizes left out stay open, and OPs that are repeated where pixel tiles overlap are not counted, as in
     `block_fused`. Raises ValueError for a block that sums nothing over its hidden channels before the last product.
     """
+    first, second, y = _phases(graph, hidden_tile)
+    weights = tuple(weight.name for op in second for weight in op.weights)
+    height, width = pixel_tile or (None, None)
+    produced = (("N", 1), ("H", height), ("W", width), ("C", hidden_tile))
+    projected = (("N", 1), ("H", None), ("W", None))
+    walk = Loop(y.name, (("C", None),), weights)
+    kernels = (
+        _pass(graph, "produce", first, Loop(y.name, produced), ()),
+        _pass(graph, "project", second, Loop(graph.outputs[0].name, projected), (walk,)),
+    )
+    return Program("two-pass", graph, kernels)
+
+
+def image_fused(
+    graph: BlockGraph, pixel_tile: tuple[int, int] | None = None, hidden_tile: int | None = None
+) -> Program:
+    """The block as one kernel whose processors divide the images, each with all hidden channels of its own.
+
+    So what is summed over all hidden channels, like a squeeze vector, stays in local memory. A processor walks over the
+    hidden channels, ``hidden_tile`` at a time, and leaves them in global memory, from where it takes them again when
+    that sum is complete. Only the block's inputs, weights and outputs are in DRAM. How many images a processor has
+    stays open.
+
+    Raises ValueError for a ``pixel_tile``, and for a block that sums nothing over its hidden channels before the last
+    product.
+    """
+    if pixel_tile is not None:
+        raise ValueError(
+            f"{graph.name!r} was given pixel_tile={pixel_tile}, but its processors take whole images; give hidden_tile "
+            "only"
+        )
+    _, _, y = _phases(graph, hidden_tile)
+    hidden = _hidden_ops(graph)
+    placement = {**_placement(graph, graph.ops), y: Memory.GLOBAL}
+    walk = Loop(
+        hidden[0].output.name, (("C", hidden_tile),), tuple(weight.name for op in hidden for weight in op.weights)
+    )
+    streams = tuple(name for name in _streams(placement, graph.ops) if name not in walk.streams)
+    return _single_kernel(graph, placement, Loop(graph.outputs[0].name, (("N", None),), streams), (walk,))
+
+
+def _phases(graph: BlockGraph, hidden_tile: int | None) -> tuple[tuple[Op, ...], tuple[Op, ...], Tensor]:
+    """The ops up to the first sum over all hidden channels, those after it, and the hidden tensor that both need."""
     hidden = _hidden_ops(graph)
     split = next((op for op in _channel_sums(hidden) if op is not hidden[-1]), None)
     if split is None:
@@ -84,16 +127,7 @@ def two_pass(graph: BlockGraph, pixel_tile: tuple[int, int] | None = None, hidde
     position = graph.ops.index(split) + 1
     first, second = graph.ops[:position], graph.ops[position:]
     y = next(tensor for op in second for tensor in op.inputs if tensor.layout == "NHWC" and tensor not in graph.inputs)
-    weights = tuple(weight.name for op in second for weight in op.weights)
-    height, width = pixel_tile or (None, None)
-    produced = (("N", 1), ("H", height), ("W", width), ("C", hidden_tile))
-    projected = (("N", 1), ("H", None), ("W", None))
-    walk = Loop(y.name, (("C", None),), weights)
-    kernels = (
-        _pass(graph, "produce", first, Loop(y.name, produced), ()),
-        _pass(graph, "project", second, Loop(graph.outputs[0].name, projected), (walk,)),
-    )
-    return Program("two-pass", graph, kernels)
+    return first, second, y
 
 
 def _pass(graph: BlockGraph, name: str, ops: tuple[Op, ...], partition: Loop, loops: tuple[Loop, ...]) -> Kernel:

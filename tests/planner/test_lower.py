@@ -2,7 +2,7 @@ import pytest
 
 from fusion.planner.blocks import conv, convfirst, ffn, mbconv
 from fusion.planner.graph import BlockGraph, OpKind, make_op
-from fusion.planner.lower import block_fused, layerwise, two_pass
+from fusion.planner.lower import block_fused, image_fused, layerwise, two_pass
 from fusion.planner.program import Memory
 
 
@@ -99,10 +99,28 @@ def test_two_passes_meet_in_global_memory(stride, residual):
     assert project.partition.streams == (("x",) if again else ())
 
 
+def test_whole_images_leave_their_hidden_channels_in_global_memory():
+    graph = mbconv(2, 16, 16, 32, 4)
+    program = image_fused(graph, hidden_tile=64)
+    (kernel,) = program.kernels
+    local, shared = local_and_global(program)
+    assert shared == {"conv_activation.out"}
+    assert {"expand.out", "squeeze.out", "gate.out", "project.out"} <= local
+    assert (kernel.partition.dims, kernel.partition.streams) == ((("N", None),), ("x",))
+    (walk,) = kernel.loops
+    assert (walk.tensor, walk.dims) == ("expand.out", (("C", 64),))
+    assert set(walk.streams) == {tensor.name for tensor in graph.weights()}
+    assert (program.ops_count, program.bytes) == (graph.ops_count, block_fused(graph).bytes)
+    with pytest.raises(ValueError, match=r"was given pixel_tile=\(8, 8\), but its processors take whole images"):
+        image_fused(graph, pixel_tile=(8, 8))
+
+
 def test_blocks_that_have_no_two_passes():
     for graph in (convfirst(1, 8, 8, 16, 2), ffn(1, 8, 8, 16, 2), conv(1, 8, 8, 16)):
         with pytest.raises(ValueError, match="sums nothing over its hidden channels before the last product; use the"):
             two_pass(graph)
+        with pytest.raises(ValueError, match="sums nothing over its hidden channels before the last product; use the"):
+            image_fused(graph)
     with pytest.raises(ValueError, match="hidden_tile=12 splits a group of 'conv'; use a multiple of 8"):
         two_pass(mbconv(1, 16, 16, 32, 4), hidden_tile=12)
 

@@ -4,7 +4,7 @@
     compute-sanitizer --tool racecheck --kernel-regex kns=hopper python bench/sanitize.py
 
 One tile of each way to run: one and two partitions, weights that stay and weights that are streamed, every width of a
-slab, images side by side, one and several images a program, pixels or output channels divided. Sizes leave tiles partly
+slab, images and bands side by side, hidden channels in shared memory and in a workspace. Sizes leave tiles partly
 empty. Prints the error against float64 of each.
 """
 
@@ -26,9 +26,10 @@ RUNS = (
     ("48,3,20", HopperTile(64, 32, 3, 2, 1, 16, 3)),
     ("ffn:24,4,9", FfnTile(2, 64, 2, 2, 2, 1)),
     ("ffn:64,8,9", FfnTile(2, 64, 2, 3, 3, 1)),
-    ("mbconv:24,4,7", MBConvHopperTile(1, 1, 8, 8)),
-    ("mbconv:40,4,8", MBConvHopperTile(2, 1, 8, 8)),
-    ("mbconv:144,2,14", MBConvHopperTile(1, 2, 8, 16)),
+    ("mbconv:24,4,7", MBConvHopperTile(2, 4, 64, 4)),
+    ("mbconv:40,4,8", MBConvHopperTile(1, 4, 32, 2)),
+    ("mbconv:72,4,13", MBConvHopperTile(1, 1, 32, 3)),
+    ("mbconv:144,2,14", MBConvHopperTile(1, 2, 64, 2)),
 )
 BATCH = 3
 

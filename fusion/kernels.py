@@ -1,11 +1,13 @@
 """Which kernel a tile runs: how its weights are packed, its operator, and its bare launch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fusion import mbconv_ops, ops
 from fusion.ffn_weights import FfnWeights, PackedFfn
-from fusion.mbconv_hopper_weights import PackedMBConvHopper, pack_mbconv_hopper
+from fusion.mbconv_hopper_weights import PackedMBConvHopper, pack_mbconv_hopper, stack_mbconv_hopper
 from fusion.mbconv_weights import MBConvWeights, PackedMBConv
 from fusion.planner.families import HOPPER, MBCONV_HOPPER, Tile, family_of
 from fusion.planner.ffn_tile import FfnTile
@@ -30,6 +32,13 @@ def pack(weights: Weights, tile: Tile, dtype: torch.dtype, device: torch.device 
     return weights.pack(tile, dtype, device)
 
 
+def pack_stage(
+    weights: Sequence[MBConvWeights], tile: MBConvHopperTile, dtype: torch.dtype, device: torch.device | str
+) -> PackedMBConvHopper:
+    """Weights of MBConv blocks of equal sizes that one launch of the Hopper kernel runs one after the other."""
+    return stack_mbconv_hopper([pack_mbconv_hopper(each, tile, dtype, device) for each in weights])
+
+
 def packing(tile: Tile) -> tuple[str | int, ...]:
     """What the layout of packed weights depends on: tiles for which it is equal share them."""
     if isinstance(tile, HopperTile):
@@ -37,7 +46,7 @@ def packing(tile: Tile) -> tuple[str | int, ...]:
     if isinstance(tile, FfnTile):
         return family_of(tile).name, tile.hidden
     if isinstance(tile, MBConvHopperTile):
-        return (family_of(tile).name,)
+        return family_of(tile).name, tile.step
     if isinstance(tile, MBConvTile):
         sizes = tile.hidden, tile.project_hidden, tile.channels, tile.conv_slab, tile.project_out
         return family_of(tile).name, *sizes
@@ -134,7 +143,7 @@ def launch(
     elif isinstance(tile, MBConvHopperTile):
         from fusion.triton_kernels import mbconv_hopper
 
-        sizes = {"hidden_channels": hidden_channels, "squeeze_channels": len(packed.squeeze_bias)}
+        sizes = {"hidden_channels": hidden_channels, "squeeze_channels": packed.squeeze_bias.shape[1]}
         mbconv_hopper.launch(x, *packed.tensors(), out, **sizes, activation=activation, residual=residual, tile=tile)
     elif isinstance(tile, MBConvTile):
         from fusion.triton_kernels import mbconv

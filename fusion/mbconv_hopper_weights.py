@@ -1,36 +1,44 @@
 """Weights of an MBConv block in the layout that the Hopper kernel reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fusion.mbconv_weights import MBConvWeights
-from fusion.planner.mbconv_hopper_tile import CHUNK, GATES, GROUP_WIDTH, HALF, PARTITIONS, MBConvHopperTile
+from fusion.planner.mbconv_hopper_tile import BIAS_CHANNELS, GROUP_WIDTH, TAPS, WARPS, MBConvHopperTile
 from fusion.planner.slabs import WIDEST
-from fusion.weights import conv_of_taps, conv_taps, padded, swizzled
+from fusion.weights import padded, swizzled
+
+HALF = 0.5
+"""Expansion and convolution are packed halved, biases too: x sigmoid(x) = x/2 tanh(x/2) + x/2."""
 
 
 @dataclass(frozen=True)
 class PackedMBConvHopper:
-    """Weights as the Hopper kernel reads them, padded to chunks of 64 hidden channels.
+    """Weights of one block, or of several that follow each other, as the Hopper kernel reads them.
 
-    `expand` is `[chunks, C padded / 16, 128 threads, 8]`: the left operand of a product as the threads of a warpgroup
-    hold it, its rows the hidden channels of a chunk, 8 of each half in turn. `weights` is `[rows, 64]`: first the
-    convolution's taps, `[pieces of 16 channels, 3 columns, 3 rows, 16 out, 16 in]` with the last row first, zero
-    between groups; then for each step of the projection `[step, 64]` of every slab of output channels, narrow ones
-    padded; all as shared memory holds them. `biases` is `[2 partitions, elements]`: for each of a partition's chunks,
-    every other one, that of the expansion in the order of its rows, and that of the convolution. `squeeze` is
-    `[hidden, s padded]`, `excite` `[s padded, hidden padded to 256]`. The other biases are fp32.
+    Every tensor's first dimension counts blocks. Hidden channels are padded to sweeps of 128, 16 for each of 8 warps.
+
+    `expand` is `[blocks, sweeps, elements]`: the left operand of products as threads hold it, 16 channels deep, two
+    products at a time, and the last one alone if their number is odd; after the input's channels come the bias,
+    rounded, and what rounding lost. `taps` is `[blocks, sweeps, 5, 8 warps, 32 lanes, 8]`: right operands of products,
+    the rows above and below of each column, then those of the same row. `conv_bias` is
+    `[blocks, sweeps, 8 warps, 4, 8]` in fp32: what each lane of four adds to its sums. `squeeze` is
+    `[blocks, hidden, s padded]`, `excite` `[blocks, hidden padded to 256, s padded]`. `project` is
+    `[blocks, rows, 64]`: for each step every slab of output channels, `[step, slab]` as shared memory holds it. The
+    other biases are fp32.
     """
 
     expand: Tensor
-    weights: Tensor
-    biases: Tensor
+    taps: Tensor
+    conv_bias: Tensor
     squeeze: Tensor
     squeeze_bias: Tensor
     excite: Tensor
     excite_bias: Tensor
+    project: Tensor
     project_bias: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -50,52 +58,61 @@ def pack_mbconv_hopper(
             f"weights cannot be packed for {tile!r}: groups of {weights.group_width} channels are not supported, only "
             f"of {GROUP_WIDTH}; use an MBConvTile"
         )
-    chunks = tile.chunks(weights.hidden_channels)
-    hidden, gates = chunks * CHUNK, tile.gate_steps(weights.hidden_channels) * GATES
-    ins, slabs = sum(tile.in_slabs(weights.in_channels)), tile.store_slabs(weights.out_channels)
-    squeeze, step = tile.squeeze(weights.squeeze_channels), tile.step(weights.out_channels)
-    # [chunks, 2 halves, 4 warps, 8 rows, C / 16, 2, 4, 2] -> [chunks, C / 16, 4 warps, 8 rows, 4, 2, 2 halves, 2]
-    expand = padded(weights.expand, hidden, ins).reshape(chunks, 2, 4, 8, ins // 16, 2, 4, 2)
-    expand = expand.permute(0, 4, 2, 3, 6, 5, 1, 7).reshape(chunks, ins // 16, 128, 8)
-    taps = swizzled(conv_taps(padded(weights.conv, hidden, GROUP_WIDTH, 3, 3)).reshape(-1, 16, 16))
-    # [K, hidden] -> for each slab [hidden, 64] -> [steps, slabs, step, 64]
-    project = [
-        padded(slab, hidden, WIDEST) for slab in padded(weights.project.T, hidden, sum(slabs)).split(slabs, dim=1)
-    ]
-    project = torch.stack(project).reshape(len(slabs), -1, step, WIDEST).transpose(0, 1)
-    project = swizzled(project.reshape(-1, step, WIDEST))
+    hidden, gates = tile.padded_hidden(weights.hidden_channels), tile.gates(weights.hidden_channels)
+    ins, slabs = sum(tile.in_slabs(weights.in_channels)), tile.out_slabs(weights.out_channels)
+    squeeze = tile.squeeze(weights.squeeze_channels)
+    bias = padded(HALF * weights.expand_bias, hidden)
+    rounded = bias.to(dtype).to(bias.dtype)
+    left = torch.cat([padded(HALF * weights.expand, hidden, ins), rounded[:, None], (bias - rounded)[:, None]], dim=1)
+    taps = _pack_taps(padded(HALF * weights.conv, hidden, GROUP_WIDTH, 3, 3))
+    project = padded(weights.project.T, hidden, sum(slabs)).split(slabs, dim=1)
+    project = [swizzled(slab.reshape(-1, tile.step, slab.shape[1])).flatten(1) for slab in project]
     tensors = (
-        expand.to(dtype),
-        torch.cat([taps.reshape(-1, WIDEST), project.reshape(-1, WIDEST)]).to(dtype),
-        _pack_biases(padded(weights.expand_bias, hidden), padded(weights.conv_bias, hidden), tile).to(dtype),
+        _pack_left(padded(left, hidden, ins + BIAS_CHANNELS)).to(dtype),
+        taps.to(dtype),
+        _pack_conv_bias(padded(HALF * weights.conv_bias, hidden)).float(),
         padded(weights.squeeze.T, hidden, squeeze).to(dtype),
         padded(weights.squeeze_bias, squeeze).float(),
-        padded(weights.excite.T, squeeze, gates).to(dtype),
+        padded(weights.excite, gates, squeeze).to(dtype),
         padded(weights.excite_bias, gates).float(),
+        torch.cat(project, dim=1).reshape(-1, WIDEST).to(dtype),
         padded(weights.project_bias, sum(slabs)).float(),
     )
     # By way of the CPU: the kernel may start before the kernel ahead of it in the stream has finished, which must not
     # be one that writes weights. Copies from the CPU are none.
-    return PackedMBConvHopper(*(tensor.contiguous().cpu().to(device) for tensor in tensors))
+    return PackedMBConvHopper(*(tensor.contiguous().cpu().to(device)[None] for tensor in tensors))
+
+
+def stack_mbconv_hopper(packed: Sequence[PackedMBConvHopper]) -> PackedMBConvHopper:
+    """Weights of blocks that follow each other, from those of each, all of the same shapes."""
+    device = packed[0].expand.device
+    stacked = zip(*(each.tensors() for each in packed), strict=True)
+    # By way of the CPU, as above.
+    return PackedMBConvHopper(*(torch.cat([each.cpu() for each in tensors]).to(device) for tensors in stacked))
 
 
 def packed_sizes(
-    tile: MBConvHopperTile, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
+    tile: MBConvHopperTile,
+    in_channels: int,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
+    blocks: int = 1,
 ) -> dict[str, list[int]]:
     """Shapes of the tensors of `PackedMBConvHopper`, by name."""
-    chunks = tile.chunks(hidden_channels)
-    hidden, gates = chunks * CHUNK, tile.gate_steps(hidden_channels) * GATES
-    slabs, squeeze = tile.store_slabs(out_channels), tile.squeeze(squeeze_channels)
-    taps = hidden // 16 * 9 * 16 * 16
+    hidden, sweeps = tile.padded_hidden(hidden_channels), tile.sweeps(hidden_channels)
+    gates, squeeze = tile.gates(hidden_channels), tile.squeeze(squeeze_channels)
+    outs = sum(tile.out_slabs(out_channels))
     return {
-        "expand": [chunks, sum(tile.in_slabs(in_channels)) // 16, 128, 8],
-        "weights": [taps // WIDEST + hidden * len(slabs), WIDEST],
-        "biases": [PARTITIONS, tile.bias_elements(hidden_channels)],
-        "squeeze": [hidden, squeeze],
-        "squeeze_bias": [squeeze],
-        "excite": [squeeze, gates],
-        "excite_bias": [gates],
-        "project_bias": [sum(slabs)],
+        "expand": [blocks, sweeps, tile.depths(in_channels) * WARPS * 256],
+        "taps": [blocks, sweeps, TAPS, WARPS, 32, 8],
+        "conv_bias": [blocks, sweeps, WARPS, 4, 8],
+        "squeeze": [blocks, hidden, squeeze],
+        "squeeze_bias": [blocks, squeeze],
+        "excite": [blocks, gates, squeeze],
+        "excite_bias": [blocks, gates],
+        "project": [blocks, hidden * outs // WIDEST, WIDEST],
+        "project_bias": [blocks, outs],
     }
 
 
@@ -106,39 +123,86 @@ def unpack_mbconv_hopper(
     hidden_channels: int,
     out_channels: int,
     squeeze_channels: int,
+) -> list[MBConvWeights]:
+    """The weights of each block back from their packed form, in its dtypes."""
+    sizes = in_channels, hidden_channels, out_channels, squeeze_channels
+    return [_unpack(PackedMBConvHopper(*block), tile, *sizes) for block in zip(*packed.tensors(), strict=True)]
+
+
+def _unpack(
+    block: PackedMBConvHopper,
+    tile: MBConvHopperTile,
+    in_channels: int,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
 ) -> MBConvWeights:
-    """The weights back from their packed form, in its dtypes."""
-    chunks, step = tile.chunks(hidden_channels), tile.step(out_channels)
-    hidden, slabs = chunks * CHUNK, tile.store_slabs(out_channels)
-    expand = packed.expand.reshape(chunks, -1, 4, 8, 4, 2, 2, 2).permute(0, 6, 2, 3, 1, 5, 4, 7).reshape(hidden, -1)
-    taps, project = packed.weights.flatten().split([hidden // 16 * 9 * 16 * 16, hidden * len(slabs) * WIDEST])
-    conv = conv_of_taps(swizzled(taps.reshape(-1, 16, 16)).reshape(-1, 3, 3, 16, 16))  # which undoes itself
-    project = swizzled(project.reshape(-1, step, WIDEST)).reshape(-1, len(slabs), step, WIDEST).transpose(0, 1)
-    project = torch.cat([slab.flatten(0, 1)[:, :width] for slab, width in zip(project, slabs, strict=True)], dim=1)
-    expand_bias, conv_bias = _unpack_biases(packed.biases, chunks)
+    ins, slabs = sum(tile.in_slabs(in_channels)), tile.out_slabs(out_channels)
+    left = _unpack_left(block.expand) / HALF
+    parts = block.project.reshape(-1, tile.step * sum(slabs)).split([tile.step * slab for slab in slabs], dim=1)
+    project = [
+        swizzled(part.reshape(-1, tile.step, slab)).flatten(0, 1) for part, slab in zip(parts, slabs, strict=True)
+    ]  # which undoes itself
     return MBConvWeights(
-        expand[:hidden_channels, :in_channels],
-        expand_bias[:hidden_channels],
-        conv[:hidden_channels],
-        conv_bias[:hidden_channels],
-        packed.squeeze[:hidden_channels, :squeeze_channels].T,
-        packed.squeeze_bias[:squeeze_channels],
-        packed.excite[:squeeze_channels, :hidden_channels].T,
-        packed.excite_bias[:hidden_channels],
-        project[:hidden_channels, :out_channels].T,
-        packed.project_bias[:out_channels],
+        left[:hidden_channels, :in_channels],
+        left[:hidden_channels, ins : ins + 2].sum(1),
+        _unpack_taps(block.taps)[:hidden_channels] / HALF,
+        _unpack_conv_bias(block.conv_bias)[:hidden_channels] / HALF,
+        block.squeeze[:hidden_channels, :squeeze_channels].T,
+        block.squeeze_bias[:squeeze_channels],
+        block.excite[:hidden_channels, :squeeze_channels],
+        block.excite_bias[:hidden_channels],
+        torch.cat(project, dim=1)[:hidden_channels, :out_channels].T,
+        block.project_bias[:out_channels],
     )
 
 
-def _pack_biases(expand: Tensor, conv: Tensor, tile: MBConvHopperTile) -> Tensor:
-    expand = expand.reshape(-1, CHUNK // HALF, 4, 8).transpose(1, 2).reshape(-1, CHUNK)
-    chunks = torch.cat([expand, conv.reshape(-1, CHUNK)], dim=1)
-    elements = tile.bias_elements(len(conv))
-    return torch.stack([padded(chunks[p::PARTITIONS].flatten(), elements) for p in range(PARTITIONS)])
+def _pack_left(left: Tensor) -> Tensor:
+    """`[hidden, channels] -> [sweeps, elements]`."""
+    depths = left.shape[1] // 16
+    # [sweeps, warps, 2 groups, 8 rows, depths, 2 channel halves, 4, 2]
+    left = left.reshape(-1, WARPS, 2, 8, depths, 2, 4, 2).permute(0, 4, 1, 3, 6, 5, 2, 7)
+    pairs, single = left.split([depths - depths % 2, depths % 2], dim=1)
+    # [sweeps, pairs, 2 of a pair, warps, 8 rows, 4, 2 channel halves, 2 groups, 2]: a thread has both of a pair.
+    pairs = pairs.unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 5, 2, 6, 7, 8)
+    return torch.cat([pairs.flatten(1), single.flatten(1)], dim=1)
 
 
-def _unpack_biases(biases: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-    # [partitions, turns, 2 CHUNK] -> [chunks, 2 CHUNK]
-    in_order = biases.reshape(PARTITIONS, -1, 2 * CHUNK).transpose(0, 1).flatten(0, 1)[:chunks]
-    expand, conv = in_order.split(CHUNK, dim=1)
-    return expand.reshape(chunks, 4, CHUNK // HALF, 8).transpose(1, 2).flatten(), conv.flatten()
+def _unpack_left(left: Tensor) -> Tensor:
+    depths = left.shape[1] // (WARPS * 256)
+    elements = (depths - depths % 2) * WARPS * 256
+    pairs = left[:, :elements].reshape(len(left), depths // 2, WARPS, 8, 4, 2, 2, 2, 2)
+    pairs = pairs.permute(0, 1, 5, 2, 3, 4, 6, 7, 8)
+    single = left[:, elements:].reshape(len(left), depths % 2, WARPS, 8, 4, 2, 2, 2)
+    left = torch.cat([pairs.flatten(1, 2), single], dim=1)
+    # [sweeps, depths, warps, 8 rows, 4, 2 channel halves, 2 groups, 2]
+    return left.permute(0, 2, 6, 3, 1, 5, 4, 7).reshape(len(left) * WARPS * 16, depths * 16)
+
+
+def _pack_taps(conv: Tensor) -> Tensor:
+    """`[hidden, 8, 3, 3] -> [sweeps, 5, warps, 32, 8]`."""
+    # [sweeps, warps, 2 groups, 8 out, 4, 2 in, 3 rows, 3 columns] -> [.., 8 out, 4, 2 groups, 2 in, ..]
+    taps = conv.reshape(-1, WARPS, 2, 8, 4, 2, 3, 3).permute(0, 1, 3, 4, 2, 5, 6, 7)
+    outer = [torch.stack([taps[..., 0, dx], taps[..., 2, dx]], dim=-2) for dx in range(3)]
+    same = [taps[..., 1, 0], taps[..., 1, 1], taps[..., 1, 2], torch.zeros_like(taps[..., 1, 2])]
+    same = [torch.stack(pair, dim=-3) for pair in (same[:2], same[2:])]
+    return torch.stack(outer + same, dim=1).reshape(len(taps), TAPS, WARPS, 32, 8)
+
+
+def _unpack_taps(taps: Tensor) -> Tensor:
+    taps = taps.reshape(-1, TAPS, WARPS, 8, 4, 2, 2, 2)
+    conv = taps.new_zeros(len(taps), WARPS, 8, 4, 2, 2, 3, 3)
+    for dx in range(3):
+        conv[..., 0, dx], conv[..., 2, dx] = taps[:, dx].unbind(-2)
+        conv[..., 1, dx] = taps[:, 3 + dx // 2].unbind(-3)[dx % 2]
+    return conv.permute(0, 1, 4, 2, 3, 5, 6, 7).reshape(-1, GROUP_WIDTH, 3, 3)
+
+
+def _pack_conv_bias(bias: Tensor) -> Tensor:
+    """`[hidden] -> [sweeps, warps, 4, 8]`: for both groups and both rows of pixels two channels."""
+    bias = bias.reshape(-1, WARPS, 2, 4, 2).transpose(2, 3)
+    return torch.stack([bias, bias], dim=4).reshape(-1, WARPS, 4, 8)
+
+
+def _unpack_conv_bias(bias: Tensor) -> Tensor:
+    return bias.reshape(-1, WARPS, 4, 2, 2, 2)[..., 0, :].transpose(2, 3).flatten()

@@ -153,12 +153,13 @@ def _check(
 def mbconv_hopper(
     x: Tensor,
     expand: Tensor,
-    weights: Tensor,
-    biases: Tensor,
+    taps: Tensor,
+    conv_bias: Tensor,
     squeeze: Tensor,
     squeeze_bias: Tensor,
     excite: Tensor,
     excite_bias: Tensor,
+    project: Tensor,
     project_bias: Tensor,
     hidden_channels: int,
     out_channels: int,
@@ -169,9 +170,12 @@ def mbconv_hopper(
 ) -> Tensor:
     """MBConv block (section 5.4) of small images and groups of 8 channels as one kernel for Hopper GPUs.
 
-    `[N, C, H, W] -> [N, K, H, W]`, channels_last. It computes what `fusion::mbconv` does, but rounds the biases of the
-    expansion and the convolution to the dtype of `x` and adds them in it, to rounded sums, and its tanh is an
-    approximation in 16 bits. Equal inputs give equal bits: a program sums the squeeze vector of its images in order.
+    `[N, C, H, W] -> [N, K, H, W]`, channels_last. It computes what `fusion::mbconv` does, with tanh approximated and
+    hidden channels rounded to the dtype of `x`. Equal inputs give equal bits: a program sums the squeeze vector of its
+    image in order.
+
+    Weights of several blocks, stacked, run all of them on one image after the other, and what is between two blocks
+    never leaves a processor (section 5.5.2 taken to the end). Each must then have a residual.
 
     Args:
         x: fp16 or bf16 activations. Any other memory format than channels_last, or an address that is no multiple of
@@ -187,16 +191,20 @@ def mbconv_hopper(
         TypeError: a dtype is not supported.
         ValueError: shapes, activation and tile do not fit together.
     """
-    packed = PackedMBConvHopper(expand, weights, biases, squeeze, squeeze_bias, excite, excite_bias, project_bias)
+    packed = PackedMBConvHopper(
+        expand, taps, conv_bias, squeeze, squeeze_bias, excite, excite_bias, project, project_bias
+    )
     sizes = hidden_channels, out_channels, squeeze_channels
     config = _check_hopper(x, packed, *sizes, activation, residual, tile)
     x = x.contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu":
-        folded = unpack_mbconv_hopper(packed, config, x.shape[1], *sizes)
-        out = reference.mbconv(x, *vars(folded).values(), activation, residual)
+        out = x
+        for folded in unpack_mbconv_hopper(packed, config, x.shape[1], *sizes):
+            out = reference.mbconv(out, *vars(folded).values(), activation, residual)
         return out.contiguous(memory_format=torch.channels_last)
     check_gpu("fusion::mbconv_hopper", x.device, "pack the weights for an MBConvTile and call fusion::mbconv")
-    x = aligned("fusion::mbconv_hopper", x, weights)
+    for weight in packed.tensors():
+        x = aligned("fusion::mbconv_hopper", x, weight)
 
     from fusion.triton_kernels.mbconv_hopper import launch
 
@@ -220,12 +228,13 @@ def mbconv_hopper(
 def _(
     x: Tensor,
     expand: Tensor,
-    weights: Tensor,
-    biases: Tensor,
+    taps: Tensor,
+    conv_bias: Tensor,
     squeeze: Tensor,
     squeeze_bias: Tensor,
     excite: Tensor,
     excite_bias: Tensor,
+    project: Tensor,
     project_bias: Tensor,
     hidden_channels: int,
     out_channels: int,
@@ -234,7 +243,9 @@ def _(
     residual: bool,
     tile: list[int],
 ) -> Tensor:
-    packed = PackedMBConvHopper(expand, weights, biases, squeeze, squeeze_bias, excite, excite_bias, project_bias)
+    packed = PackedMBConvHopper(
+        expand, taps, conv_bias, squeeze, squeeze_bias, excite, excite_bias, project, project_bias
+    )
     _check_hopper(x, packed, hidden_channels, out_channels, squeeze_channels, activation, residual, tile)
     return empty_output(x, out_channels)
 
@@ -269,8 +280,11 @@ def _check_hopper(
         raise ValueError(f"{op}: {batch} images are too many for a launch, split the batch")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"{op}: activation {activation!r} is not supported, use {any_of(reference.ACTIVATIONS)}")
-    shapes = packed_sizes(config, in_channels, hidden_channels, out_channels, squeeze_channels)
-    fp32 = ("squeeze_bias", "excite_bias", "project_bias")
+    blocks = max(1, len(packed.expand)) if packed.expand.dim() else 1
+    if blocks > 1 and not residual:
+        raise ValueError(f"{op}: {blocks} blocks in one launch without residuals are not supported, call it for each")
+    shapes = packed_sizes(config, in_channels, hidden_channels, out_channels, squeeze_channels, blocks)
+    fp32 = ("conv_bias", "squeeze_bias", "excite_bias", "project_bias")
     check_weights(
         op,
         x,

@@ -154,6 +154,16 @@ class FusedMBConv(FusedBlock):
 
     weights: MBConvWeights
 
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What blocks must have in common to run in one launch."""
+        shapes = tuple(tensor.shape for tensor in vars(self.weights).values())
+        return *shapes, self.activation, self.residual
+
+    def run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
+        """Run the block with these weights, or several blocks of its sizes with theirs."""
+        return self._run(x, kernel, tile, packed)
+
     def _graph(self, *sizes: int, **options) -> BlockGraph:
         weights = self.weights
         return mbconv_graph(

@@ -1,4 +1,4 @@
-"""A stage of fused blocks that runs a micro-batch of images at a time."""
+"""A stage of fused blocks: several in one launch where a kernel can, and a micro-batch of images at a time."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -6,7 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fusion.modules import FusedBlock, processor_of_device
+from fusion import kernels
+from fusion.mbconv_hopper_weights import PackedMBConvHopper
+from fusion.modules import FusedBlock, FusedMBConv, processor_of_device
+from fusion.planner.families import MBCONV_HOPPER
 from fusion.planner.micro_batch import micro_batch_images
 from fusion.planner.processor import get_processor
 
@@ -21,11 +24,15 @@ class FusedStage(nn.Module):
     of the input. The micro-batches' outputs are joined at the cost of a copy. Blocks are planned for the size of a
     micro-batch.
 
+    MBConv blocks of equal sizes with residuals that follow each other, and run on the Hopper kernel, run in one launch
+    with `one_launch`: a processor takes an image through all of them, and only the first one's input and the last one's
+    output are in global memory. The result is the same to the bit, and the stage keeps a copy of their weights.
+
     Raises ValueError for another `micro_batch` or no blocks, TypeError for blocks that are not fused, and (in
     `forward`) what the blocks raise.
     """
 
-    def __init__(self, blocks: Iterable[FusedBlock], micro_batch: MicroBatch = None):
+    def __init__(self, blocks: Iterable[FusedBlock], micro_batch: MicroBatch = None, one_launch: bool = True):
         super().__init__()
         blocks = list(blocks)
         if not blocks:
@@ -38,6 +45,8 @@ class FusedStage(nn.Module):
             raise ValueError(f"micro_batch={micro_batch!r} is not supported, use a number of images, 'auto' or None")
         self.blocks = nn.ModuleList(blocks)
         self.micro_batch = micro_batch
+        self.one_launch = one_launch
+        self._stacked: dict[tuple, PackedMBConvHopper] = {}
 
     @torch.compiler.assume_constant_result
     def images(self, x: Tensor) -> int:
@@ -58,10 +67,46 @@ class FusedStage(nn.Module):
             raise ValueError(f"FusedStage: the input must be [N, C, H, W], got {list(x.shape)}")
         outs = []
         for part in x.split(self.images(x)):
-            for block in self.blocks:
-                part = block(part)
+            first = 0
+            while first < len(self.blocks):
+                count = self._together(first, part)
+                part = self.blocks[first](part) if count == 1 else self._run_together(first, count, part)
+                first += count
             outs.append(part)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def extra_repr(self) -> str:
-        return f"micro_batch={self.micro_batch!r}"
+        return f"micro_batch={self.micro_batch!r}, one_launch={self.one_launch}"
+
+    @torch.compiler.assume_constant_result
+    def _together(self, first: int, x: Tensor) -> int:
+        """How many blocks from `first` on run in one launch for an input like `x`: one, or more."""
+        block = self.blocks[first]
+        if not (self.one_launch and isinstance(block, FusedMBConv) and block.residual) or len(x) == 0:
+            return 1
+        plan = block.plan(x)
+        if plan.kernel != MBCONV_HOPPER.name:
+            return 1
+        count = 1
+        for other in self.blocks[first + 1 :]:
+            if not (isinstance(other, FusedMBConv) and other.sizes == block.sizes and other.plan(x).tile == plan.tile):
+                break
+            count += 1
+        return count
+
+    def _run_together(self, first: int, count: int, x: Tensor) -> Tensor:
+        block = self.blocks[first]
+        kernel, tile, packed = self._layout(first, count, x)
+        return block.run(x, kernel, tile, packed)
+
+    @torch.compiler.assume_constant_result
+    def _layout(self, first: int, count: int, x: Tensor) -> tuple[str, list[int], tuple[Tensor, ...]]:
+        """Kernel, tile and weights of blocks that run in one launch (see `FusedBlock`)."""
+        blocks = self.blocks[first : first + count]
+        plan = blocks[0].plan(x)
+        key = (first, count, x.device, x.dtype, *kernels.packing(plan.tile))
+        if key not in self._stacked:
+            with torch.inference_mode(False), torch.no_grad():
+                weights = [block.weights for block in blocks]
+                self._stacked[key] = kernels.pack_stage(weights, plan.tile, x.dtype, x.device)
+        return plan.kernel, plan.tile.to_ints(), self._stacked[key].tensors()

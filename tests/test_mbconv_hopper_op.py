@@ -4,28 +4,56 @@ import pytest
 import torch
 
 from fusion import kernels, mbconv_ops
-from fusion.mbconv_hopper_weights import pack_mbconv_hopper
+from fusion.mbconv_hopper_weights import pack_mbconv_hopper, stack_mbconv_hopper
+from fusion.mbconv_weights import MBConvWeights
 from fusion.planner.mbconv_hopper_tile import MAX_IMAGES, MBConvHopperTile
 from fusion.reference import mbconv as reference
 
-TILE = MBConvHopperTile(images=2, rows=1, bands=8, columns=8)
-FP32 = ("squeeze_bias", "excite_bias", "project_bias")
+TILE = MBConvHopperTile(bands=2, piece=4, step=32, stages=3)
+NAMES = (
+    "expand",
+    "taps",
+    "conv_bias",
+    "squeeze",
+    "squeeze_bias",
+    "excite",
+    "excite_bias",
+    "project",
+    "project_bias",
+)
+FP32 = ("conv_bias", "squeeze_bias", "excite_bias", "project_bias")
 HAS_GPU = torch.cuda.is_available()
 IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 runs = pytest.mark.skipif(HAS_GPU and not IS_HOPPER, reason="this GPU is not of compute capability 9.0")
 needs_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
 
 
+def twice(tensor):
+    """As if it were of two blocks."""
+    return torch.cat([tensor, tensor])
+
+
 @pytest.fixture
-def arguments(device, random_mbconv_weights):
+def two_blocks(random_mbconv_weights):
+    """`(out_channels) -> ` different weights of two blocks of 24 input, 72 hidden and 3 squeeze channels."""
+
+    def make(out_channels=24):
+        weights = random_mbconv_weights(24, 72, out_channels, squeeze=3)
+        return weights, MBConvWeights(*(tensor.flip(0) for tensor in vars(weights).values()))
+
+    return make
+
+
+@pytest.fixture
+def arguments(device, two_blocks):
     """`(**changes) -> dict` of the operator's arguments for 24 input, 72 hidden, 24 output and 3 squeeze channels."""
 
-    def make(dtype=torch.float16, out_channels=24, **changes):
-        weights = random_mbconv_weights(24, 72, out_channels, squeeze=3)
+    def make(dtype=torch.float16, out_channels=24, blocks=1, **changes):
+        packed = [pack_mbconv_hopper(weights, TILE, dtype, device) for weights in two_blocks(out_channels)]
         torch.manual_seed(0)
         return {
             "x": torch.randn(3, 24, 5, 7).to(device, dtype),
-            **vars(pack_mbconv_hopper(weights, TILE, dtype, device)),
+            **vars(stack_mbconv_hopper(packed[:blocks])),
             "hidden_channels": 72,
             "out_channels": out_channels,
             "squeeze_channels": 3,
@@ -39,7 +67,7 @@ def arguments(device, random_mbconv_weights):
 
 
 @runs
-@pytest.mark.parametrize("changes", [{}, {"out_channels": 16, "activation": "relu"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"blocks": 2}, {"out_channels": 16, "activation": "relu"}], ids=str)
 def test_opcheck(changes, arguments):
     torch.library.opcheck(torch.ops.fusion.mbconv_hopper.default, tuple(arguments(**changes).values()))
 
@@ -58,6 +86,28 @@ def test_cpus_compute_the_reference(out_channels, activation, dtype, random_mbco
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, expected)  # products of transposed weights may be summed in another order
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_stacked_blocks_follow_each_other(dtype, two_blocks):
+    torch.manual_seed(0)
+    x = torch.randn(2, 24, 5, 7).to(dtype)
+    packed = [pack_mbconv_hopper(weights, TILE, dtype, "cpu") for weights in two_blocks()]
+    options = 72, 24, 3, "silu", True, TILE.to_ints()
+    expected = x
+    for block in packed:
+        expected = mbconv_ops.mbconv_hopper(expected, *block.tensors(), *options)
+    out = mbconv_ops.mbconv_hopper(x, *stack_mbconv_hopper(packed).tensors(), *options)
+    assert torch.equal(out, expected)
+    swapped = mbconv_ops.mbconv_hopper(x, *stack_mbconv_hopper(packed[::-1]).tensors(), *options)
+    assert not torch.allclose(swapped, expected)
+
+
+def test_stacked_blocks_without_a_residual_are_refused(arguments):
+    message = "fusion::mbconv_hopper: 2 blocks in one launch without residuals are not supported, call it for each"
+    for out_channels in (24, 16):
+        with pytest.raises(ValueError, match=message):
+            mbconv_ops.mbconv_hopper(**arguments(out_channels=out_channels, blocks=2, residual=False))
 
 
 @runs
@@ -93,10 +143,10 @@ def test_empty_batch(arguments, device):
 
 
 @runs
-def test_every_tile_that_covers_the_image_takes_the_same_weights(arguments):
+def test_tiles_of_the_same_step_that_cover_the_image_take_the_same_weights(arguments):
     kwargs = arguments()
     out = mbconv_ops.mbconv_hopper(**kwargs)
-    for tile in (MBConvHopperTile(1, 1, 8, 8), MBConvHopperTile(1, 1, 16, 8), MBConvHopperTile(4, 1, 8, 8)):
+    for tile in (MBConvHopperTile(1, 1, 32, 3), MBConvHopperTile(1, 1, 32, 2), MBConvHopperTile(2, 4, 32, 8)):
         again = mbconv_ops.mbconv_hopper(**{**kwargs, "tile": tile.to_ints()})
         torch.testing.assert_close(again, out, rtol=1e-2, atol=1e-2)
 
@@ -134,22 +184,27 @@ ERRORS = [
     (lambda k: {"hidden_channels": 0}, ValueError, "0 hidden and 3 squeeze channels do not go together"),
     (lambda k: {"squeeze_channels": 0}, ValueError, "72 hidden and 0 squeeze channels do not go together"),
     (
-        lambda k: {"tile": replace(TILE, rows=3).to_ints()},
+        lambda k: {"tile": replace(TILE, bands=3).to_ints()},
         ValueError,
-        "cannot run: rows=3 is not one of 1, 2, 4; take the tile of a plan",
+        "cannot run: bands=3 is not one of 1, 2, 4, 8; take the tile of a plan",
     ),
-    (lambda k: {"tile": replace(TILE, bands=9).to_ints()}, ValueError, "cannot run: bands=9 is not a power of two"),
-    (lambda k: {"tile": replace(TILE, bands=4).to_ints()}, ValueError, "cannot run: rows of 32 pixels of all bands"),
-    (lambda k: {"tile": replace(TILE, images=8).to_ints()}, ValueError, "cannot run: 512 pixels of a program are not"),
+    (lambda k: {"tile": replace(TILE, piece=8).to_ints()}, ValueError, "cannot run: piece=8 is not one of 1, 2, 4;"),
+    (lambda k: {"tile": replace(TILE, step=16).to_ints()}, ValueError, "cannot run: step=16 is not one of 32, 64;"),
+    (lambda k: {"tile": replace(TILE, stages=1).to_ints()}, ValueError, "cannot run: stages=1 is not between 2 and 8;"),
     (
-        lambda k: {"tile": replace(TILE, rows=2).to_ints()},
+        lambda k: {"tile": replace(TILE, bands=4, piece=2).to_ints()},
         ValueError,
-        "8 bands of 2 rows and 8 columns do not cover images of 5x7 pixels evenly; take the tile of a plan for this",
+        "4 bands of 4 rows and up to 4 columns do not cover images of 5x7 pixels; take the tile of a plan for this",
     ),
     (
         lambda k: {"x": k["x"][..., :1, :1].expand(3, 24, 9, 7)},
         ValueError,
-        "8 bands of 1 rows and 8 columns do not cover images of 9x7 pixels evenly",
+        "2 bands of 8 rows and up to 4 columns do not cover images of 9x7 pixels",
+    ),
+    (
+        lambda k: {"tile": replace(TILE, piece=2).to_ints()},
+        ValueError,
+        "4 columns of each of 2 bands cannot be computed 2 at a time: that must be all of them; take the tile of a",
     ),
     (
         lambda k: {"x": k["x"][:1].expand(MAX_IMAGES + 1, 24, 5, 7)},
@@ -160,19 +215,32 @@ ERRORS = [
     (
         lambda k: {"squeeze_channels": 17},
         ValueError,
-        r"squeeze must be a contiguous \[128, 32\] for 24 input, 72 hidden and 24 output channels with "
-        r"MBConvHopperTile\(.*got shape \[128, 16\] with strides .*pack the weights for this tile with "
+        r"squeeze must be a contiguous \[1, 128, 32\] for 24 input, 72 hidden and 24 output channels with "
+        r"MBConvHopperTile\(.*got shape \[1, 128, 16\] with strides .*pack the weights for this tile with "
         r"fusion.mbconv_hopper_weights.pack_mbconv_hopper",
     ),
-    (lambda k: {"hidden_channels": 136}, ValueError, r"expand must be a contiguous \[3, 2, 128, 8\]"),
-    (lambda k: {"out_channels": 72}, ValueError, r"weights must be a contiguous \[544, 64\]"),
-    (lambda k: {"biases": k["biases"][:1]}, ValueError, r"biases must be a contiguous \[2, 128\]"),
-    (lambda k: {"excite": k["excite"].T}, ValueError, r"excite must be a contiguous \[16, 256\].*shape \[256, 16\]"),
-    (lambda k: {"squeeze_bias": k["squeeze_bias"][:3]}, ValueError, r"squeeze_bias must be a contiguous \[16\]"),
-    (lambda k: {"excite_bias": k["excite_bias"][:72]}, ValueError, r"excite_bias must be a contiguous \[256\]"),
-    (lambda k: {"project_bias": k["project_bias"][:24]}, ValueError, r"project_bias must be a contiguous \[32\]"),
+    (lambda k: {"hidden_channels": 136}, ValueError, r"expand must be a contiguous \[1, 2, 6144\]"),
+    (lambda k: {"expand": k["expand"][0]}, ValueError, r"expand must be a contiguous \[1, 1, 6144\]"),
+    (lambda k: {"out_channels": 72}, ValueError, r"project must be a contiguous \[1, 160, 64\]"),
+    (lambda k: {"taps": k["taps"][:, :, :4]}, ValueError, r"taps must be a contiguous \[1, 1, 5, 8, 32, 8\]"),
+    (lambda k: {"conv_bias": k["conv_bias"][0]}, ValueError, r"conv_bias must be a contiguous \[1, 1, 8, 4, 8\]"),
+    (lambda k: {"excite": k["excite"].mT}, ValueError, r"excite must be a contiguous \[1, 256, 16\].*\[1, 16, 256\]"),
+    (lambda k: {"squeeze_bias": k["squeeze_bias"][:, :3]}, ValueError, r"squeeze_bias must be a contiguous \[1, 16\]"),
+    (lambda k: {"excite_bias": k["excite_bias"][:, :72]}, ValueError, r"excite_bias must be a contiguous \[1, 256\]"),
+    (lambda k: {"project_bias": k["project_bias"][0]}, ValueError, r"project_bias must be a contiguous \[1, 32\]"),
+    (
+        lambda k: {"expand": twice(k["expand"])},
+        ValueError,
+        r"taps must be a contiguous \[2, 1, 5, 8, 32, 8\].*\[1, 1, 5",
+    ),
+    (
+        lambda k: {"project": twice(k["project"])},
+        ValueError,
+        r"project must be a contiguous \[1, 64, 64\].*\[2, 64, 64",
+    ),
     (lambda k: {"excite_bias": k["excite_bias"].half()}, TypeError, "excite_bias has dtype torch.float16, it must be"),
-    (lambda k: {"weights": k["weights"].to("meta")}, RuntimeError, "weights is on meta, x on .*; move one of them"),
+    (lambda k: {"conv_bias": k["conv_bias"].half()}, TypeError, "conv_bias has dtype torch.float16, it must be"),
+    (lambda k: {"project": k["project"].to("meta")}, RuntimeError, "project is on meta, x on .*; move one of them"),
     (lambda k: {"x": k["x"].to("meta")}, RuntimeError, "x is on meta; supported are CUDA GPUs, and CPUs"),
     (
         lambda k: {"out_channels": 32},
@@ -189,9 +257,9 @@ def test_errors(change, error, message, arguments):
         mbconv_ops.mbconv_hopper(**{**kwargs, **change(kwargs)})
 
 
-def test_a_tile_of_no_pixels_is_refused(arguments):
-    with pytest.raises(ValueError, match="MBConvHopperTile: images must be a positive integer, got 0"):
-        mbconv_ops.mbconv_hopper(**arguments(tile=[0, 1, 8, 8]))
+def test_a_tile_of_no_bands_is_refused(arguments):
+    with pytest.raises(ValueError, match="MBConvHopperTile: bands must be a positive integer, got 0"):
+        mbconv_ops.mbconv_hopper(**arguments(tile=[0, 4, 32, 3]))
 
 
 def test_the_kernel_is_called_by_its_name(arguments, device):
@@ -199,8 +267,7 @@ def test_the_kernel_is_called_by_its_name(arguments, device):
         pytest.skip("this GPU is not of compute capability 9.0")
     kwargs = arguments()
     expected = mbconv_ops.mbconv_hopper(**kwargs)
-    names = ("expand", "weights", "biases", "squeeze", "squeeze_bias", "excite", "excite_bias", "project_bias")
-    packed = tuple(kwargs.pop(name) for name in names)
+    packed = tuple(kwargs.pop(name) for name in NAMES)
     x, tile = kwargs.pop("x"), kwargs.pop("tile")
     assert torch.equal(kernels.run_mbconv("mbconv_hopper", x, packed, tile, group_width=8, **kwargs), expected)
 
@@ -217,10 +284,10 @@ def test_other_dtypes_are_refused_on_a_gpu(arguments):
 @needs_hopper
 def test_unaligned_weights_are_refused(arguments):
     kwargs = arguments()
-    flat = torch.empty(kwargs["weights"].numel() + 1, dtype=torch.float16, device="cuda")[1:]
-    weights = flat.view_as(kwargs["weights"]).copy_(kwargs["weights"])
+    flat = torch.empty(kwargs["project"].numel() + 1, dtype=torch.float16, device="cuda")[1:]
+    project = flat.view_as(kwargs["project"]).copy_(kwargs["project"])
     with pytest.raises(ValueError, match=r"weights are at an address that is no multiple of 16 bytes, clone them"):
-        mbconv_ops.mbconv_hopper(**{**kwargs, "weights": weights})
+        mbconv_ops.mbconv_hopper(**{**kwargs, "project": project})
 
 
 @pytest.mark.skipif(not HAS_GPU or IS_HOPPER, reason="needs a GPU that is not of compute capability 9.0")

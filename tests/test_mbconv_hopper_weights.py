@@ -4,11 +4,18 @@ import pytest
 import torch
 
 from fusion import kernels
-from fusion.mbconv_hopper_weights import PackedMBConvHopper, pack_mbconv_hopper, packed_sizes, unpack_mbconv_hopper
+from fusion.mbconv_hopper_weights import (
+    PackedMBConvHopper,
+    pack_mbconv_hopper,
+    packed_sizes,
+    stack_mbconv_hopper,
+    unpack_mbconv_hopper,
+)
+from fusion.mbconv_weights import MBConvWeights
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 
-TILES = [MBConvHopperTile(1, 1, 8, 8), MBConvHopperTile(1, 4, 4, 16)]
-TILE = TILES[1]
+TILES = [MBConvHopperTile(2, 4, 32, 3), MBConvHopperTile(1, 4, 64, 2)]
+TILE = TILES[0]
 SIZES = [
     # C, hidden, K, squeeze
     (24, 96, 24, 6),
@@ -18,38 +25,65 @@ SIZES = [
     (8, 8, 8, 1),
     (16, 328, 200, 33),
 ]
-FP32 = ("squeeze_bias", "excite_bias", "project_bias")
+FP32 = ("conv_bias", "squeeze_bias", "excite_bias", "project_bias")
+HALVED = ("expand", "expand_bias", "conv", "conv_bias")
 
 
 @pytest.fixture
 def pack(random_mbconv_weights):
-    """`(C, hidden, K, squeeze) -> weights, packed`, both in float64 but for biases in fp32."""
+    """`(C, hidden, K, squeeze) -> weights, packed`, both in float64 but for biases in fp32; of one block."""
 
-    def packed_weights(channels, hidden, out_channels, squeeze):
+    def packed_weights(channels, hidden, out_channels, squeeze, tile=TILE):
         weights = random_mbconv_weights(channels, hidden, out_channels, squeeze)
-        return weights, pack_mbconv_hopper(weights, TILE, torch.float64, "cpu")
+        return weights, pack_mbconv_hopper(weights, tile, torch.float64, "cpu")
 
     return packed_weights
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=str)
-def test_packing_is_undone(tile, sizes, random_mbconv_weights):
-    weights = random_mbconv_weights(*sizes)
-    packed = pack_mbconv_hopper(weights, tile, torch.float64, "cpu")
-    assert {name: list(tensor.shape) for name, tensor in vars(packed).items()} == packed_sizes(tile, *sizes)
-    assert all(tensor.is_contiguous() for tensor in packed.tensors())
-    for name, tensor in vars(unpack_mbconv_hopper(packed, tile, *sizes)).items():
+def assert_unpacked(unpacked, weights):
+    """Of weights packed in float64."""
+    for name, tensor in vars(unpacked).items():
         expected = getattr(weights, name)
         assert torch.equal(tensor, expected.float() if name in FP32 else expected), name
 
 
-def test_all_tiles_share_weights(random_mbconv_weights):
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_packing_is_undone(tile, sizes, pack):
+    weights, packed = pack(*sizes, tile)
+    assert {name: list(tensor.shape) for name, tensor in vars(packed).items()} == packed_sizes(tile, *sizes)
+    assert all(tensor.is_contiguous() for tensor in packed.tensors())
+    (unpacked,) = unpack_mbconv_hopper(packed, tile, *sizes)
+    assert_unpacked(unpacked, weights)
+
+
+@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_blocks_are_stacked_in_order(tile, sizes, pack):
+    weights, first = pack(*sizes, tile)
+    others = MBConvWeights(*(tensor.flip(0) for tensor in vars(weights).values()))
+    second = pack_mbconv_hopper(others, tile, torch.float64, "cpu")
+    stacked = stack_mbconv_hopper([first, second])
+    assert {name: list(tensor.shape) for name, tensor in vars(stacked).items()} == packed_sizes(tile, *sizes, blocks=2)
+    assert all(tensor.is_contiguous() for tensor in stacked.tensors())
+    for both, *each in zip(stacked.tensors(), first.tensors(), second.tensors(), strict=True):
+        assert both.dtype == each[0].dtype
+        assert torch.equal(both[:1], each[0]) and torch.equal(both[1:], each[1])
+    for unpacked, expected in zip(unpack_mbconv_hopper(stacked, tile, *sizes), (weights, others), strict=True):
+        assert_unpacked(unpacked, expected)
+
+
+def test_tiles_of_equal_step_share_weights(random_mbconv_weights):
+    """Only the projection knows the step."""
     weights = random_mbconv_weights(40, 160, 112, 3)
-    packed = [kernels.pack(weights, tile, torch.float16, "cpu") for tile in TILES]
+    tiles = [TILE, MBConvHopperTile(1, 1, 32, 8), MBConvHopperTile(2, 4, 64, 3)]
+    packed = [kernels.pack(weights, tile, torch.float16, "cpu") for tile in tiles]
     assert all(isinstance(each, PackedMBConvHopper) for each in packed)
-    assert kernels.packing(TILES[0]) == kernels.packing(TILES[1])
+    assert kernels.packing(tiles[0]) == kernels.packing(tiles[1]) != kernels.packing(tiles[2])
     assert all(map(torch.equal, packed[0].tensors(), packed[1].tensors()))
+    names = vars(packed[0])
+    differ = [name for name in names if not torch.equal(getattr(packed[0], name), getattr(packed[2], name))]
+    assert differ == ["project"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -59,94 +93,129 @@ def test_weights_are_rounded_once(dtype, random_mbconv_weights):
     packed = pack_mbconv_hopper(weights, TILE, dtype, "cpu")
     for name, tensor in vars(packed).items():
         assert tensor.dtype == (torch.float32 if name in FP32 else dtype), name
-    for name, tensor in vars(unpack_mbconv_hopper(packed, TILE, *sizes)).items():
-        expected = getattr(weights, name)
-        assert torch.equal(tensor, expected.float() if name in FP32 else expected.to(dtype)), name
+    (unpacked,) = unpack_mbconv_hopper(packed, TILE, *sizes)
+    for name, tensor in vars(unpacked).items():
+        scale = 2 if name in HALVED else 1
+        expected = (getattr(weights, name) / scale).to(torch.float32 if name in FP32 else dtype) * scale
+        assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float16, 2**-21), (torch.bfloat16, 2**-16)], ids=str)
+def test_the_expansions_bias_is_nearly_exact(dtype, error, random_mbconv_weights):
+    """What its rounding lost is packed as well: the channel after it, of the third product, the last and an odd one."""
+    weights = random_mbconv_weights(24, 96, 40, 6)
+    expand = pack_mbconv_hopper(weights, TILE, dtype, "cpu").expand
+    threads = expand[0, 0, 2 * 8 * 256 :].reshape(8, 8, 4, 2, 2, 2)  # warp, row, pair, half, group, 2 channels
+    rounded, lost = (threads[:, :, 0, 0, :, i].transpose(1, 2).flatten()[:96].double() for i in (0, 1))
+    half = weights.expand_bias / 2
+    assert torch.equal(rounded, half.to(dtype).double())
+    assert torch.equal(lost, (half - rounded).to(dtype).double()) and lost.any()
+    torch.testing.assert_close(rounded + lost, half, rtol=error, atol=2**-24)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_padding_is_zero(sizes, pack):
-    """There are as many elements that are not zero as there are weights."""
+    """There are as many elements that are not zero as there are weights.
+
+    In float64 rounding loses nothing of the expansion's bias. That of the convolution is there for both rows of pixels.
+    """
     channels, hidden, out_channels, squeeze = sizes
     weights, packed = pack(*sizes)
     count = {name: int(tensor.count_nonzero()) for name, tensor in vars(packed).items()}
     assert count == {
-        "expand": hidden * channels,
-        "weights": hidden * 8 * 9 + hidden * out_channels,
-        "biases": 2 * hidden,
+        "expand": hidden * (channels + 1),
+        "taps": hidden * 8 * 9,
+        "conv_bias": 2 * hidden,
         "squeeze": hidden * squeeze,
         "squeeze_bias": squeeze,
         "excite": hidden * squeeze,
         "excite_bias": hidden,
+        "project": hidden * out_channels,
         "project_bias": out_channels,
     }
     assert all(tensor.count_nonzero() == tensor.numel() for tensor in vars(weights).values())
 
 
-def test_expand_is_as_threads_hold_the_left_operand(pack):
+@pytest.mark.parametrize("channels, ins", [(24, 32), (40, 48), (8, 16)], ids=str)
+def test_expand_is_as_threads_hold_the_left_operand(channels, ins, pack):
     """Fragments of mma: thread 32 warp + 4 row + pair has 8 elements, [column + 8][row + 8][2 columns].
 
-    Row m = 16 warp + 8 half + row of the product is hidden channel 32 half + 8 warp + row of its chunk.
+    Two products that follow each other lie side by side, 16 elements a thread; an odd last one is alone. Row + 8 is the
+    warp's second group of channels. After the input's channels comes the bias.
     """
-    weights, packed = pack(40, 160, 112, 3)
-    assert list(packed.expand.shape) == [3, 3, 128, 8]
-    for chunk, k in product(range(3), range(3)):
-        for warp, row, pair, half, second, odd in product((0, 1, 3), (0, 5), range(4), (0, 1), (0, 1), (0, 1)):
-            hidden = 64 * chunk + 32 * half + 8 * warp + row
-            channel = 16 * k + 8 * second + 2 * pair + odd
-            found = packed.expand[chunk, k, 32 * warp + 4 * row + pair, 4 * second + 2 * half + odd]
-            expected = weights.expand[hidden, channel] if hidden < 160 and channel < 40 else 0
-            assert found == expected, (chunk, k, warp, row, pair, half, second, odd)
+    weights, packed = pack(channels, 160, 112, 3)
+    depths = ins // 16 + 1
+    assert list(packed.expand.shape) == [1, 2, depths * 256 * 8]
+    bits = (0, 1), (0, 1), (0, 1)
+    for sweep, depth, warp, row, pair in product((0, 1), range(depths), (0, 1, 2, 7), (0, 5), range(4)):
+        thread = 32 * warp + 4 * row + pair
+        alone = depth == depths - 1 and depths % 2
+        start = depth * 256 * 8 + thread * 8 if alone else depth // 2 * 256 * 16 + thread * 16 + depth % 2 * 8
+        for half, group, odd in product(*bits):
+            hidden, channel = 128 * sweep + 16 * warp + 8 * group + row, 16 * depth + 8 * half + 2 * pair + odd
+            expected = 0
+            if hidden < 160 and channel < channels:
+                expected = weights.expand[hidden, channel] / 2
+            elif hidden < 160 and channel == ins:
+                expected = weights.expand_bias[hidden] / 2
+            found = packed.expand[0, sweep, start + 4 * half + 2 * group + odd]
+            assert found == expected, (sweep, depth, warp, row, pair, half, group, odd)
 
 
-def test_taps_are_dense_pieces_of_two_groups(pack):
-    """[pieces, 3 columns, 3 rows, 16 out, 16 in], the last row first, as shared memory holds rows of 32 bytes."""
-    weights, packed = pack(24, 72, 40, 3)
-    taps = packed.weights.flatten()[: 8 * 9 * 256].reshape(8, 3, 3, 16, 2, 8)
-    for channel, dx, dy, ins in product((0, 7, 8, 29, 45, 63, 71), range(3), range(3), range(16)):
-        piece, out = divmod(channel, 16)
-        place = ins // 8 ^ out // 4 % 2
-        expected = weights.conv[channel, ins % 8, dy, dx] if ins // 8 == out // 8 else 0
-        assert taps[piece, dx, 2 - dy, out, place, ins % 8] == expected, (channel, dx, dy, ins)
-    assert not taps[5:].any()
+def test_taps_are_as_threads_hold_the_right_operand(pack):
+    """Lane 4 out + pair has 8 elements of each piece, of two groups and two input channels.
+
+    Three pieces are [group][above, below], one for each column; then [left, middle][group] and [right, none][group].
+    """
+    weights, packed = pack(24, 136, 40, 3)
+    assert list(packed.taps.shape) == [1, 2, 5, 8, 32, 8]
+    taps = packed.taps[0]
+    for channel, ins, dx in product((0, 7, 8, 29, 45, 63, 71, 127, 128, 135), range(8), range(3)):
+        sweep, warp, group, out = channel // 128, channel % 128 // 16, channel % 16 // 8, channel % 8
+        lane, odd = 4 * out + ins // 2, ins % 2
+        above, below = (taps[sweep, dx, warp, lane, 4 * group + 2 * row + odd] for row in (0, 1))
+        same = taps[sweep, 3 + dx // 2, warp, lane, 4 * (dx % 2) + 2 * group + odd]
+        assert torch.equal(torch.stack([above, same, below]), weights.conv[channel, ins, :, dx] / 2), (channel, ins, dx)
+    assert not taps[:, 4, :, :, 4:].any()
 
 
-@pytest.mark.parametrize("sizes, step", [((8, 72, 200, 3), 32), ((8, 72, 112, 3), 64)], ids=str)
-def test_the_projection_is_steps_of_slabs(sizes, step, pack):
-    """[steps, slabs, step, 64] as shared memory holds rows of 128 bytes."""
-    weights, packed = pack(*sizes)
-    channels = sizes[2]
-    slabs = -(-channels // 64)
-    project = packed.weights.flatten()[8 * 9 * 256 :].reshape(128 // step, -1, step, 8, 8)
-    widths = TILE.store_slabs(channels)
-    assert project.shape[1] == len(widths)
-    assert len(widths) >= slabs
-    starts = [sum(widths[:index]) for index in range(len(widths))]
-    for hidden, (slab, start), column in product((0, 9, 31, 47, 71, 72), enumerate(starts), (0, 8, 15)):
-        row = hidden % step
-        found = project[hidden // step, slab, row, column // 8 ^ row % 8, column % 8]
-        channel = start + column
-        expected = weights.project[channel, hidden] if hidden < 72 and channel < channels else 0
-        assert found == expected, (hidden, slab, column)
-
-
-def test_biases_are_of_a_partitions_chunks(pack):
-    """Every other chunk: the expansion's in the order of the product's rows, then the convolution's."""
+def test_the_convolutions_bias_is_as_lanes_add_it(pack):
+    """A lane of four has two channels of each group, the same for both rows of pixels: [group][row][2 channels]."""
     weights, packed = pack(24, 328, 24, 3)
-    assert list(packed.biases.shape) == [2, 512]
-    for hidden in (0, 8, 31, 32, 63, 64, 127, 200, 327):
-        chunk, channel = divmod(hidden, 64)
-        half, warp, row = channel // 32, channel % 32 // 8, channel % 8
-        place = packed.biases[chunk % 2, 128 * (chunk // 2) :]
-        assert place[16 * warp + 8 * half + row] == weights.expand_bias[hidden]
-        assert place[64 + channel] == weights.conv_bias[hidden]
+    assert list(packed.conv_bias.shape) == [1, 3, 8, 4, 8]
+    for hidden, row in product((0, 1, 8, 31, 32, 63, 64, 127, 200, 327), (0, 1)):
+        sweep, warp, group, pair = hidden // 128, hidden % 128 // 16, hidden % 16 // 8, hidden % 8 // 2
+        found = packed.conv_bias[0, sweep, warp, pair, 4 * group + 2 * row + hidden % 2]
+        assert found == (weights.conv_bias[hidden] / 2).float(), (hidden, row)
 
 
-def test_other_weights_are_transposed(pack):
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("out_channels, widths", [(200, (64, 64, 64, 16)), (112, (64, 32, 16)), (24, (32,))], ids=str)
+def test_the_projection_is_steps_of_slabs(out_channels, widths, tile, pack):
+    """[steps, slabs, step, slab]: pieces of 8 channels are swizzled as in shared memory, by 128 bytes."""
+    weights, packed = pack(8, 72, out_channels, 3, tile)
+    step, outs = tile.step, sum(widths)
+    assert list(packed.project.shape) == [1, 128 * outs // 64, 64]
+    project = packed.project.flatten()
+    starts = [sum(widths[:index]) for index in range(len(widths))]
+    for hidden, (start, width) in product((0, 9, 31, 47, 63, 64, 71, 72, 127), zip(starts, widths, strict=True)):
+        row = hidden % step
+        order = {64: row % 8, 32: row // 2 % 4, 16: row // 4 % 2}[width]
+        slab = hidden // step * step * outs + step * start
+        for column in (0, 8, 15, width - 1):
+            channel = start + column
+            expected = weights.project[channel, hidden] if hidden < 72 and channel < out_channels else 0
+            found = project[slab + row * width + (column // 8 ^ order) * 8 + column % 8]
+            assert found == expected, (hidden, start, column)
+
+
+def test_other_weights_have_hidden_channels_as_rows(pack):
     weights, packed = pack(24, 328, 40, 18)
-    assert list(packed.squeeze.shape) == [384, 32] and list(packed.excite.shape) == [32, 512]
-    assert torch.equal(packed.squeeze[:328, :18], weights.squeeze.T)
-    assert torch.equal(packed.excite[:18, :328], weights.excite.T)
+    assert list(packed.squeeze.shape) == [1, 384, 32] and list(packed.excite.shape) == [1, 512, 32]
+    assert torch.equal(packed.squeeze[0, :328, :18], weights.squeeze.T)
+    assert torch.equal(packed.excite[0, :328, :18], weights.excite)
+    assert [list(getattr(packed, name).shape) for name in FP32[1:]] == [[1, 32], [1, 512], [1, 48]]
+    assert torch.equal(packed.excite_bias[0, :328], weights.excite_bias.float())
 
 
 @pytest.mark.parametrize("group_width", [4, 16])

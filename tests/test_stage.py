@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from fusion import mbconv_ops
 from fusion.planner.micro_batch import micro_batch_images
 from fusion.planner.plan import plan_block
 from fusion.planner.processor import get_processor
@@ -77,4 +78,44 @@ def test_errors(blocks):
 
 
 def test_prints_its_micro_batch(blocks):
-    assert repr(FusedStage([blocks[0].fused()], "auto")).startswith("FusedStage(\n  micro_batch='auto'\n")
+    assert repr(FusedStage([blocks[0].fused()], "auto")).startswith(
+        "FusedStage(\n  micro_batch='auto', one_launch=True\n"
+    )
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Blocks of each call of the Hopper operator."""
+    counts, op = [], mbconv_ops.mbconv_hopper
+    monkeypatch.setattr(mbconv_ops, "mbconv_hopper", lambda x, *rest: (counts.append(len(rest[0])), op(x, *rest))[1])
+    return counts
+
+
+def equal_blocks(count, **options):
+    return [MBConv(24, 24, expansion=2, **options).eval().requires_grad_(False) for _ in range(count)]
+
+
+def test_equal_blocks_run_in_one_launch(blocks, launches):
+    """Those with other sizes, another activation or no residual end it."""
+    torch.manual_seed(0)
+    blocks = [*blocks[:1], *equal_blocks(3), *equal_blocks(2, activation=nn.ReLU), *equal_blocks(2, se_ratio=0.5)]
+    x = torch.randn(2, 16, 6, 7)
+    expected = nn.Sequential(*blocks)(x)
+    twins = [block.fused() for block in blocks]
+    torch.testing.assert_close(FusedStage(twins)(x), expected, rtol=1e-4, atol=1e-4)
+    assert launches == [1, 3, 2, 2]
+    launches.clear()
+    apart = FusedStage(twins, one_launch=False)
+    torch.testing.assert_close(apart(x), expected, rtol=1e-4, atol=1e-4)
+    assert launches == [1] * 8
+
+
+def test_weights_are_stacked_once(launches):
+    stage = FusedStage(block.fused() for block in equal_blocks(2))
+    x = torch.randn(2, 24, 6, 7)
+    first, again = stage(x), stage(x)
+    assert torch.equal(first, again) and launches == [2, 2]
+    assert len(stage._stacked) == 1
+    with torch.no_grad():
+        compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), first, rtol=1e-6, atol=1e-6)

@@ -15,12 +15,16 @@ def block_row(
     eager_us: float | None = None,
     inductor_us: float | None = None,
     fused_us: float | None = None,
+    apart_us: float | None = None,
+    stage_error: float | None = None,
+    eager_stage_error: float | None = None,
     micro_batched_us: float | None = None,
 ) -> Row:
     """A block's row. Times are in microseconds; what follows from one that was not taken is None.
 
-    `micro_batched_us` is that of the fused block when a stage runs in micro-batches. OPs, bytes and the limit are those
-    of the plan's program, errors are relative to float64.
+    `fused_us` is that of a stage's blocks, in one launch where a kernel can, `apart_us` with a launch for each, and
+    `micro_batched_us` when a stage runs in micro-batches. OPs, bytes and the limit are those of the plan's program, for
+    one block. Errors are relative to float64, of a block and of the stage.
     """
     tflops = None if fused_us is None else plan.ops_count / fused_us / 1e6
     return {
@@ -33,6 +37,7 @@ def block_row(
         "eager_us": eager_us,
         "inductor_us": inductor_us,
         "fused_us": fused_us,
+        "apart_us": apart_us,
         "micro_batched_us": micro_batched_us,
         "speedup": None if None in (inductor_us, fused_us) else inductor_us / fused_us,
         "tflops": tflops,
@@ -41,6 +46,8 @@ def block_row(
         "pct_limit": None if fused_us is None else 100 * plan.limit_us / fused_us,
         "error": error,
         "eager_error": eager_error,
+        "stage_error": stage_error,
+        "eager_stage_error": eager_stage_error,
         "kernel": plan.kernel,
         "plan": repr(plan.tile),
         "plan_why": plan.why,

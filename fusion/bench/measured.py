@@ -14,6 +14,7 @@ from fusion.bench.block_row import Row, block_row
 from fusion.bench.blocks import BlockConfig
 from fusion.bench.random_blocks import random_block
 from fusion.bench.report import Column
+from fusion.planner.families import MBCONV_HOPPER
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import get_processor
 from fusion.probe import probe_processor
@@ -45,26 +46,33 @@ def measure_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, prot
 
 
 def measure_block(config: BlockConfig, plan: Plan, micro_batch: MicroBatch = None) -> Row:
-    """Time a stage of `STAGE_DEPTH` blocks in three ways and check the fused block against float64.
+    """Time a stage of `STAGE_DEPTH` blocks in three ways, and check a fused block and the stage against float64.
 
-    With a `micro_batch`, time the fused stage that way too, its blocks planned for so many images.
+    Fused blocks of a stage run in one launch where a kernel can, and are timed one by one too. With a `micro_batch`,
+    time the fused stage that way too, its blocks planned for so many images.
     """
     dtype, batch = getattr(torch, plan.shape.dtype), plan.shape.batch
     blocks = [random_block(config, seed) for seed in range(STAGE_DEPTH)]
     eager = nn.Sequential(*(copy.deepcopy(block).to("cuda", dtype) for block in blocks))
     eager = eager.to(memory_format=torch.channels_last)
-    fused = nn.Sequential(*(block.fused(lambda *_: plan) for block in blocks))
+    fused = FusedStage(block.fused(lambda *_: plan) for block in blocks)
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(batch, config.channels, config.hw, config.hw, device="cuda", generator=generator)
     x = x.to(dtype, memory_format=torch.channels_last)
 
     some = torch.linspace(0, batch - 1, CHECKED_IMAGES, device="cuda").long()
-    expected = copy.deepcopy(blocks[0]).to("cuda", torch.float64)(x[some].double())
-    eager_error = relative_error(eager[0](x[some]), expected)
-    out = fused[0](x)
-    error = relative_error(out[some], expected) if out.isfinite().all() else float("nan")
+    exact = nn.Sequential(*(copy.deepcopy(block).to("cuda", torch.float64) for block in blocks))
+    errors = []
+    for count in (1, STAGE_DEPTH):
+        expected = exact[:count](x[some].double())
+        out = fused(x) if count == STAGE_DEPTH else fused.blocks[0](x)
+        error = relative_error(out[some], expected) if out.isfinite().all() else float("nan")
+        errors.append((error, relative_error(eager[:count](x[some]), expected)))
+    (error, eager_error), (stage_error, eager_stage_error) = errors
 
     fused_us = graph_us(lambda: fused(x)) / STAGE_DEPTH
+    apart = FusedStage(fused.blocks, one_launch=False)
+    apart_us = graph_us(lambda: apart(x)) / STAGE_DEPTH
     micro_batched_us = None
     if micro_batch is not None:
         stage = FusedStage((block.fused() for block in blocks), micro_batch)
@@ -79,6 +87,9 @@ def measure_block(config: BlockConfig, plan: Plan, micro_batch: MicroBatch = Non
         eager_us=eager_us,
         inductor_us=inductor_us,
         fused_us=fused_us,
+        apart_us=apart_us,
+        stage_error=stage_error,
+        eager_stage_error=eager_stage_error,
         micro_batched_us=micro_batched_us,
     )
 
@@ -104,6 +115,8 @@ def print_blocks(meta: Row, rows: Sequence[Row], command: BlockCommand) -> None:
     )
     keys = ("channels", "alpha", "hw", "eager_us", "inductor_us", "fused_us", "speedup", "tflops", "pct_peak")
     keys += ("limit_us", "pct_limit", "error", "eager_error", "kernel", "plan")
+    if any(row["kernel"] == MBCONV_HOPPER.name for row in rows):
+        columns, keys = (*columns, Column("one by one µs", "{:.1f}")), (*keys, "apart_us")
     if any(row["micro_batched_us"] is not None for row in rows):
         columns, keys = (*columns, Column("micro-batched µs", "{:.1f}")), (*keys, "micro_batched_us")
     title = (

@@ -139,7 +139,7 @@ MBCONV_HOPPER = KernelFamily(
     estimated_registers=mbconv_hopper_tile.estimated_registers,
     programs_per_processor=mbconv_hopper_tile.programs_per_processor,
     pixel_tile=lambda tile, shape: None,
-    design=lambda tile: (tile.images, tile.rows),
+    design=lambda tile: (tile.bands, tile.piece),
     lower=image_fused,
 )
 

@@ -1,6 +1,6 @@
-"""Tile of the Hopper kernel of the MBConv block: how it divides images over programs, what is valid, how long it takes.
+"""Tile of the Hopper kernel of the MBConv block: how it divides an image, what is valid, how long it takes.
 
-A program computes whole images with all their hidden channels (`fusion.triton_kernels.mbconv_hopper`), so the images
+A program computes a whole image with all its hidden channels (`fusion.triton_kernels.mbconv_hopper`), so the images
 have to be small. `why_invalid` is the one judge of validity, for the planner's choice and for the tuner's candidates.
 """
 
@@ -17,55 +17,65 @@ from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_REGISTERS
 
 COMPUTE_CAPABILITY = (9, 0)
 GROUP_WIDTH = 8
-WARPS = 4
-"""Of a partition: a warpgroup, whose matrix products are Hopper's widest."""
-PARTITIONS = 2
-CHUNK = 64
-"""Hidden channels that a partition expands together: the rows of a product."""
-HALF = 32
-"""Hidden channels that it convolves together."""
-BLOCK_PIXELS = 64
-MAX_PIXELS = 256
-"""Of a program: the columns of a product."""
-ROWS = (4, 2, 1)
+WARPS = 8
+SWEEP = 16 * WARPS
+"""Hidden channels that are computed together: two groups of each warp."""
+TILE_PIXELS = 16
+"""Of a tile: two rows of eight lanes."""
+LANES = 8
+ROWS = 2 * LANES
+"""Of all bands of a tile."""
+MAX_TILES = 16
+FEWEST_TILES = 4
+"""For which there is room, so that the projection has 64 pixels, the rows of a product."""
+MAX_TILES_AT_ONCE = 4
+"""Whose sums of the expansion a thread holds: a piece, and all of an image of several bands."""
+BANDS = (1, 2, 4, 8)
+PIECES = (1, 2, MAX_TILES_AT_ONCE)
+STEPS = (32, 64)
+MAX_STAGES = 8
+BIAS_CHANNELS = 16
+"""Channels of the constant one that follow the input's: the depth of a product. Two are in use."""
+TAPS = 5
+"""Pieces of a thread's weights of the convolution, 16 bytes each."""
+TAPS_ELEMENTS = TAPS * 8 * 32 * WARPS
+"""Of a sweep."""
 GATES = 256
-"""Gates that a partition computes together."""
-TAPS_ELEMENTS = 9 * 16 * HALF
-"""Weights of the convolution of a half of a chunk: dense pieces of 16 channels, two groups each."""
-WIDEST_OUTPUT_SLAB = 256
-PASS_CHANNELS = 128
-"""Output channels of four blocks of pixels whose sums both partitions hold at once; of more, two passes are needed."""
-STEP_CHANNELS = 192
-"""Output channels up to which a step of the projection takes a chunk; beyond, half of one, so that more are on their
-way together."""
-MAX_STAGES = 6
-ARENA_ATOM = 1024
-"""Bytes. Rows of products and copies by TMA start at multiples of it."""
-COMPILER_BYTES = 640
-"""Shared memory for barriers, alignment and what the compiler passes to the second partition, at most."""
+"""Gates that are computed together."""
+PRODUCT_CHANNELS = 128
+"""Output channels that a product projects, if the warps divide the pixels only."""
+PASS_REGISTERS = 192
+"""Sums of the projection that a thread holds; of more, two passes are needed, each for half of the pixels."""
+GROUP_REGISTERS = 128
+"""Sums up to which there is room for the operands of four steps that follow each other without a wait."""
+LOCAL_MEMORY_BYTES = 227 * 1024
+COMPILER_BYTES = 512
+"""Shared memory for barriers and alignment, at most."""
 MAX_IMAGES = 2**20
-"""The kernel's opaque zero is made of the image's number."""
 
-# Fitted to ten measurements on an H200 at batch 128 (tests/planner/test_mbconv_hopper_tile.py).
+# Fitted to measurements on an H200 at batch 128 (tests/planner/test_mbconv_hopper_tile.py).
 LAUNCH_US = 4.0
-PIXEL_US = 0.0176
-"""Of a pixel and a chunk."""
-BYTES_PER_US = 70e3
-"""That a processor moves from and to L2: weights, and hidden channels twice. Little of it is hidden behind the rest."""
+TILE_US = 0.33
+"""Of a sweep and a tile."""
+BYTES_PER_US = 60e3
+"""That a processor moves from and to L2."""
+PIECE_US = 0.1
+"""Of a sweep and the tiles that are expanded at once."""
 
 
 @dataclass(frozen=True)
 class MBConvHopperTile:
     """One way to run the Hopper kernel of the MBConv block.
 
-    A program computes `images` images, each cut into `bands` bands of `rows` rows; a row takes `columns` pixels. Bands
-    and columns are powers of two, and may reach past the image.
+    An image is cut into `bands` bands of columns side by side, whose pixels lie in different lanes of a warp. A *tile*
+    is a column of every band, of up to `16 / bands` rows; `piece` tiles are expanded together. The projection takes
+    `step` hidden channels at a time, and the operands of `stages` steps are on their way together.
     """
 
-    images: int
-    rows: int
     bands: int
-    columns: int
+    piece: int
+    step: int
+    stages: int
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -75,113 +85,124 @@ class MBConvHopperTile:
 
     @property
     def hidden(self) -> int:
-        """Hidden channels that are expanded together."""
-        return CHUNK
+        """Hidden channels that are computed together."""
+        return SWEEP
 
     @property
-    def row_pixels(self) -> int:
-        """Pixels of a row of all bands: a row buffer."""
-        return self.bands * self.columns
+    def rows(self) -> int:
+        """Rows that a tile has room for."""
+        return ROWS // self.bands
 
-    @property
-    def pixels(self) -> int:
-        """Pixels of a program, with those outside of the images."""
-        return self.images * self.rows * self.row_pixels
+    def columns(self, width: int) -> int:
+        """Columns of a band, and tiles of an image: with several bands a power of two, and computed all at once."""
+        columns = ceil(width / self.bands)
+        return columns if self.bands == 1 else 1 << (columns - 1).bit_length()
 
-    @property
-    def blocks(self) -> int:
-        """Blocks of 64 pixels, the rows of a product."""
-        return self.pixels // BLOCK_PIXELS
+    def tiles(self, width: int) -> int:
+        """Tiles that there is room for, a power of two."""
+        return max(FEWEST_TILES, 1 << (self.columns(width) - 1).bit_length())
 
-    @property
-    def pad(self) -> int:
-        """Zeros between row buffers, in pixels: a column and one more, a multiple of 8."""
-        return ceil((self.bands + 1) / 8) * 8
-
-    @property
-    def buffer_pixels(self) -> int:
-        """Pixels of a partition's row buffers: each image has two more than rows, and there are zeros around each."""
-        return self.images * (self.rows + 2) * (self.row_pixels + self.pad) + self.pad
+    def pixels(self, width: int) -> int:
+        """Pixels that there is room for."""
+        return TILE_PIXELS * self.tiles(width)
 
     def in_slabs(self, in_channels: int) -> tuple[int, ...]:
         """Slabs of the input, which the expansion contracts."""
         return slab_widths(in_channels, WIDEST)
 
-    def store_slabs(self, out_channels: int) -> tuple[int, ...]:
-        """Slabs of the output in shared memory."""
+    def out_slabs(self, out_channels: int) -> tuple[int, ...]:
+        """Slabs of the output, and of the projection's weights."""
         return slab_widths(out_channels, WIDEST)
 
-    def out_slabs(self, out_channels: int) -> tuple[int, ...]:
-        """Slabs that the projection accumulates, if a partition projects all output channels of its pixels."""
-        return slab_widths(out_channels, WIDEST_OUTPUT_SLAB)
+    def depths(self, in_channels: int) -> int:
+        """Products of depth 16 of the expansion, with that of the bias."""
+        return (sum(self.in_slabs(in_channels)) + BIAS_CHANNELS) // 16
 
-    def out_tiles(self, out_channels: int) -> int:
-        """Tiles of up to 64 output channels of the packed weights: one for each slab."""
-        return len(self.store_slabs(out_channels))
+    def sweeps(self, hidden_channels: int) -> int:
+        """Times that hidden channels are computed together."""
+        return ceil(hidden_channels / SWEEP)
 
-    def chunks(self, hidden_channels: int) -> int:
-        """Chunks of hidden channels."""
-        return ceil(hidden_channels / CHUNK)
+    def padded_hidden(self, hidden_channels: int) -> int:
+        """Hidden channels that the kernel computes."""
+        return self.sweeps(hidden_channels) * SWEEP
 
     def squeeze(self, squeeze_channels: int) -> int:
         """Length of the squeeze vector, a power of two."""
         return max(16, 1 << (squeeze_channels - 1).bit_length())
 
-    def gate_steps(self, hidden_channels: int) -> int:
-        """Times that 256 gates are computed together."""
-        return ceil(hidden_channels / GATES)
+    def gates(self, hidden_channels: int) -> int:
+        """Gates that are computed, a multiple of 256."""
+        return ceil(hidden_channels / GATES) * GATES
 
-    def bias_elements(self, hidden_channels: int) -> int:
-        """Biases of the expansion and the convolution that a partition needs, a power of two."""
-        turns = ceil(self.chunks(hidden_channels) / PARTITIONS)
-        return 2 * CHUNK << (turns - 1).bit_length()
-
-    @property
-    def splits_columns(self) -> bool:
-        """Whether the partitions divide the output channels, because there is a single block of pixels."""
-        return self.blocks == 1
-
-    def passes(self, out_channels: int) -> int:
+    def passes(self, width: int, out_channels: int) -> int:
         """Times that all hidden channels are projected, each for other pixels."""
-        return 2 if self.blocks > PARTITIONS and sum(self.out_slabs(out_channels)) > PASS_CHANNELS else 1
+        sums = self.pixels(width) * sum(self.out_slabs(out_channels)) // (32 * WARPS)
+        return 2 if sums > PASS_REGISTERS and self.tiles(width) == MAX_TILES else 1
 
-    def step(self, out_channels: int) -> int:
-        """Hidden channels that are projected together."""
-        return CHUNK if sum(self.out_slabs(out_channels)) <= STEP_CHANNELS else HALF
+    def products(self, width: int, out_channels: int) -> tuple[int, ...]:
+        """Output channels of each product of the projection."""
+        rows = self.pixels(width) // self.passes(width, out_channels)
+        return slab_widths(out_channels, PRODUCT_CHANNELS if rows >= TILE_PIXELS * WARPS else WIDEST)
 
-    def buffer_bytes(self) -> int:
-        """Row buffers of a partition, a multiple of 512 bytes."""
-        return ceil(2 * HALF * self.buffer_pixels / 512) * 512
+    def group(self, width: int, out_channels: int) -> int:
+        """Steps of the projection that follow each other without a wait for their products."""
+        rows = self.pixels(width) // self.passes(width, out_channels)
+        sums = rows * sum(self.out_slabs(out_channels)) // (32 * WARPS)
+        return 4 if self.step == min(STEPS) and sums <= GROUP_REGISTERS else 2
 
-    def partition_bytes(self) -> int:
-        """Row buffers of a partition, and taps of both halves of a chunk."""
-        return self.buffer_bytes() + 2 * 2 * TAPS_ELEMENTS
+    def input_bytes(self, width: int, in_channels: int) -> int:
+        """The input in shared memory, and the constant one."""
+        return 2 * self.pixels(width) * (sum(self.in_slabs(in_channels)) + BIAS_CHANNELS)
 
-    def share_bytes(self, squeeze_channels: int) -> int:
-        """Shares of squeeze vectors of every warp, and for each partition their sum."""
-        return 4 * PARTITIONS * (WARPS + 1) * self.images * self.squeeze(squeeze_channels)
+    def output_bytes(self, width: int, in_channels: int, out_channels: int) -> int:
+        """The output in shared memory, unless it takes the place of the input."""
+        if self.in_slabs(in_channels) == self.out_slabs(out_channels):
+            return 0
+        return 2 * self.pixels(width) * sum(self.out_slabs(out_channels))
 
-    def step_bytes(self, out_channels: int) -> int:
-        """The projection's weights of a step."""
-        return 2 * self.step(out_channels) * WIDEST * self.out_tiles(out_channels)
+    def weight_bytes(self, out_channels: int) -> int:
+        """Stages of the projection's weights."""
+        return 2 * self.stages * self.step * sum(self.out_slabs(out_channels))
 
-    def stages(self, out_channels: int, squeeze_channels: int) -> int:
-        """Steps of the projection whose weights are there together: as many as row buffers and taps leave room."""
-        room = PARTITIONS * self.partition_bytes() - self.share_bytes(squeeze_channels)
-        return max(2, min(MAX_STAGES, room // self.step_bytes(out_channels)))
+    def hidden_bytes(self, width: int, hidden_channels: int, out_channels: int, resident: bool) -> int:
+        """Hidden channels in shared memory: all of them, or stages on their way back from global memory."""
+        if resident:
+            return 2 * self.pixels(width) * self.padded_hidden(hidden_channels)
+        return 2 * self.stages * self.step * self.pixels(width) // self.passes(width, out_channels)
 
-    def shares_atom(self, out_channels: int, squeeze_channels: int) -> int:
-        """Of the arena, where the squeeze vectors' shares begin: after the projection's weights."""
-        return ceil(self.stages(out_channels, squeeze_channels) * self.step_bytes(out_channels) / ARENA_ATOM)
+    def gate_bytes(self, hidden_channels: int, squeeze_channels: int) -> int:
+        """Gates in 16 bits, the squeeze vector in fp32, and its shares of all warps while they are added."""
+        return 2 * self.gates(hidden_channels) + 4 * (1 + WARPS) * self.squeeze(squeeze_channels)
 
-    def arena_atoms(self, out_channels: int, squeeze_channels: int) -> int:
-        """Of what first holds row buffers and taps, then the projection's weights and squeeze vectors."""
-        later = self.shares_atom(out_channels, squeeze_channels) * ARENA_ATOM + self.share_bytes(squeeze_channels)
-        return ceil(max(PARTITIONS * self.partition_bytes(), later) / ARENA_ATOM)
+    def memory_bytes(
+        self,
+        width: int,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        squeeze_channels: int,
+        resident: bool,
+    ) -> int:
+        """Shared memory of a program, with all hidden channels in it or not."""
+        return (
+            self.input_bytes(width, in_channels)
+            + self.output_bytes(width, in_channels, out_channels)
+            + self.weight_bytes(out_channels)
+            + self.hidden_bytes(width, hidden_channels, out_channels, resident)
+            + self.gate_bytes(hidden_channels, squeeze_channels)
+            + COMPILER_BYTES
+        )
 
-    def workspace_elements(self, hidden_channels: int) -> int:
-        """16-bit elements of a program's workspace: hidden channels, and their sums over pixels of every warp, fp32."""
-        return self.chunks(hidden_channels) * CHUNK * (self.pixels + 2 * WARPS * self.images)
+    def is_resident(
+        self, width: int, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
+    ) -> bool:
+        """Whether all hidden channels stay in shared memory, because there is room."""
+        sizes = width, in_channels, hidden_channels, out_channels, squeeze_channels
+        return self.memory_bytes(*sizes, resident=True) <= LOCAL_MEMORY_BYTES
+
+    def workspace_elements(self, width: int, hidden_channels: int) -> int:
+        """16-bit elements of a program's workspace: its hidden channels, if they do not stay in shared memory."""
+        return self.padded_hidden(hidden_channels) * self.pixels(width)
 
     def to_ints(self) -> list[int]:
         """The fields in order, for operators and files that take integers only; `MBConvHopperTile(*ints)` undoes it."""
@@ -204,32 +225,34 @@ def why_unsupported(shape: MBConvShape) -> str | None:
         return f"{shape.batch} images are too many for a launch, split the batch: {MAX_IMAGES} are the limit"
     if not any(_divisions(shape.height, shape.width)):
         return (
-            f"images of {shape.height}x{shape.width} pixels are too large: a program holds up to {MAX_PIXELS}, in "
-            "columns and bands of rows that are powers of two"
+            f"images of {shape.height}x{shape.width} pixels are too large: up to {ROWS}x{MAX_TILES} are supported, and "
+            f"{ROWS // BANDS[-1]} rows of up to {BANDS[-1] * MAX_TILES_AT_ONCE} columns"
         )
     return None
 
 
 def why_malformed(tile: MBConvHopperTile) -> str | None:
     """Why the kernel runs no block with this tile; None if it may."""
-    if tile.rows not in ROWS:
-        return f"rows={tile.rows} is not one of {', '.join(map(str, sorted(ROWS)))}"
-    for name in ("bands", "columns"):
-        if getattr(tile, name) & (getattr(tile, name) - 1):
-            return f"{name}={getattr(tile, name)} is not a power of two"
-    if tile.row_pixels % BLOCK_PIXELS:
-        return f"rows of {tile.row_pixels} pixels of all bands are no multiple of {BLOCK_PIXELS}"
-    if tile.pixels not in (64, 128, 256):
-        return f"{tile.pixels} pixels of a program are not 64, 128 or {MAX_PIXELS}"
+    for name, values in (("bands", BANDS), ("piece", PIECES), ("step", STEPS)):
+        if getattr(tile, name) not in values:
+            return f"{name}={getattr(tile, name)} is not one of {', '.join(map(str, values))}"
+    if not 2 <= tile.stages <= MAX_STAGES:
+        return f"stages={tile.stages} is not between 2 and {MAX_STAGES}"
     return None
 
 
 def why_not_covering(tile: MBConvHopperTile, height: int, width: int) -> str | None:
     """Why the tile does not fit images of this size; None if it does."""
-    if height % tile.rows or ceil(height / tile.rows) > tile.bands or width > tile.columns:
+    columns, most = tile.columns(width), MAX_TILES if tile.bands == 1 else MAX_TILES_AT_ONCE
+    if height > tile.rows or columns > most:
         return (
-            f"{tile.bands} bands of {tile.rows} rows and {tile.columns} columns do not cover images of "
-            f"{height}x{width} pixels evenly"
+            f"{tile.bands} bands of {tile.rows} rows and up to {most} columns do not cover images of {height}x{width} "
+            "pixels"
+        )
+    if columns % tile.piece or (tile.bands > 1 and columns != tile.piece):
+        return (
+            f"{columns} columns of each of {tile.bands} bands cannot be computed {tile.piece} at a time: that must "
+            f"{'divide them' if tile.bands == 1 else 'be all of them'}"
         )
     return None
 
@@ -245,14 +268,14 @@ def why_invalid(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor
     registers = estimated_registers(tile, shape)
     if registers > MAX_REGISTERS:
         return (
-            f"about {registers:.0f} registers a thread would spill, {MAX_REGISTERS} are available: the sums of "
-            f"{shape.out_channels} output channels and weights of {shape.squeeze_channels} squeeze channels stay in "
-            "registers"
+            f"about {registers:.0f} registers a thread would spill, {MAX_REGISTERS} are available: expansion weights "
+            f"of {shape.in_channels} channels, sums of {shape.out_channels} output channels and weights of "
+            f"{shape.squeeze_channels} squeeze channels stay in registers"
         )
     local = local_memory_bytes(tile, shape, processor)
     if local > processor.local_memory_bytes:
         return (
-            f"input, row buffers and weights of {kilobytes(local)} do not fit the "
+            f"input, hidden channels and weights of {kilobytes(local)} do not fit the "
             f"{kilobytes(processor.local_memory_bytes)} of local memory that {processor.name} has"
         )
     return None
@@ -260,73 +283,75 @@ def why_invalid(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor
 
 def why_none(shape: MBConvShape, processor: Processor) -> str | None:
     """Why no tile runs `shape` on `processor`; None if some tile does."""
-    tiles = list(_tiles(shape))
-    reasons = [why_invalid(tile, shape, processor) for tile in tiles]
-    if not tiles:
+    reasons = [why_invalid(tiles[-1], shape, processor) for tiles in _candidates(shape)]
+    if not reasons:
         return why_unsupported(shape)
-    return None if None in reasons else reasons[-1]
+    return None if None in reasons else reasons[0]
 
 
 def local_memory_bytes(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor) -> int:
     """Shared memory of a program, in bytes. The compiler may need some bytes less."""
-    in_slabs, store_slabs = tile.in_slabs(shape.in_channels), tile.store_slabs(shape.out_channels)
-    channels = sum(in_slabs) + (0 if in_slabs == store_slabs else sum(store_slabs))  # else the output takes its place
-    biases = PARTITIONS * tile.bias_elements(shape.hidden_channels)
-    gates = tile.images * tile.gate_steps(shape.hidden_channels) * GATES
-    elements = ELEMENT_SIZE[shape.dtype] * (tile.pixels * channels + biases + gates)
-    arena = tile.arena_atoms(shape.out_channels, shape.squeeze_channels) * ARENA_ATOM
-    return elements + arena + COMPILER_BYTES
+    sizes = _sizes(shape)
+    return tile.memory_bytes(*sizes, resident=tile.is_resident(*sizes))
 
 
 def estimated_registers(tile: MBConvHopperTile, shape: MBConvShape) -> float:
-    """32-bit registers a thread: of the expansion, of excite weights, or of the projection with its left operands."""
-    expansion = CHUNK * tile.pixels / (32 * WARPS) + CHUNK / 2
-    if tile.splits_columns:
-        blocks, channels = 1, WIDEST * ceil(tile.out_tiles(shape.out_channels) / PARTITIONS)
-    else:
-        blocks = tile.blocks // PARTITIONS // tile.passes(shape.out_channels)
-        channels = sum(tile.out_slabs(shape.out_channels))
-    projection = blocks * (channels / 2 + 2 * tile.step(shape.out_channels) / 4)
-    excitation = tile.squeeze(shape.squeeze_channels) * GATES / (2 * 32 * WARPS)
-    return 60 + max(expansion, excitation, projection)
+    """32-bit registers a thread: of the expansion and the convolution, of the projection, or of the gates."""
+    depth = 16 * tile.depths(shape.in_channels)
+    held = 12 * 3 if tile.bands == 1 else 8 * (tile.piece + 2)
+    produce = depth / 4 + 8 * tile.piece + held + 4 * TAPS + 24
+    rows = tile.pixels(shape.width) // tile.passes(shape.width, shape.out_channels)
+    divided = max(1, TILE_PIXELS * WARPS // rows)
+    project = rows * sum(tile.out_slabs(shape.out_channels)) / (32 * WARPS)
+    project += rows * divided * tile.step / (2 * 32 * WARPS)
+    squeeze = tile.squeeze(shape.squeeze_channels)
+    return 30 + max(produce, project, squeeze * (1 / 8 + 1 / 4 + 1 / 8) + 64)
 
 
 def programs_per_processor(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor) -> int:
-    """Programs that a streaming multiprocessor holds at a time: two partitions take all its registers."""
+    """Programs that a streaming multiprocessor holds at a time: eight warps take all its registers."""
     return 1
 
 
 def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor) -> float:
     """Predicted duration in microseconds: a fixed cost, and programs in rounds.
 
-    A program's time is that of its pixels, and of what it reads from L2 and writes there.
+    A program's time is that of its tiles, and of what it reads from L2 and writes there.
     """
-    chunks = tile.chunks(shape.hidden_channels)
-    rounds = ceil(ceil(shape.batch / tile.images) / processor.processors)
-    # Columns of all matrices of a chunk, and its pixels, which are written and read.
-    columns = sum(tile.in_slabs(shape.in_channels)) + 2 * tile.squeeze(shape.squeeze_channels)
-    columns += WIDEST * tile.out_tiles(shape.out_channels) * tile.passes(shape.out_channels)
-    elements = chunks * (CHUNK * (columns + 2 * tile.pixels) + 2 * TAPS_ELEMENTS)
-    l2_us = ELEMENT_SIZE[shape.dtype] * elements / BYTES_PER_US
-    return LAUNCH_US + rounds * (chunks * tile.pixels * PIXEL_US + l2_us)
+    sweeps, columns = tile.sweeps(shape.hidden_channels), tile.columns(shape.width)
+    passes = tile.passes(shape.width, shape.out_channels)
+    streamed = 0 if tile.is_resident(*_sizes(shape)) else 2 * tile.pixels(shape.width)
+    # Of a hidden channel: rows of all matrices, and its pixels, which are written and read.
+    elements = 16 * tile.depths(shape.in_channels) + TAPS_ELEMENTS // SWEEP + 2 * tile.squeeze(shape.squeeze_channels)
+    elements += passes * sum(tile.out_slabs(shape.out_channels)) + streamed
+    l2_us = ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP * elements / BYTES_PER_US
+    pieces = columns / tile.piece
+    rounds = ceil(shape.batch / processor.processors)
+    # Fewer stages and longer steps hide less.
+    waits = 0.02 * (MAX_STAGES - tile.stages) + 0.01 * tile.step / min(STEPS)
+    return LAUNCH_US + rounds * (sweeps * (columns * TILE_US + pieces * PIECE_US) + l2_us + waits)
 
 
 def candidate_tiles(shape: MBConvShape, processor: Processor) -> Iterator[MBConvHopperTile]:
-    """Every valid tile worth a measurement."""
-    return (tile for tile in _tiles(shape) if why_invalid(tile, shape, processor) is None)
+    """Every valid tile worth a measurement: the most stages that have room, with and without all hidden channels."""
+    for tiles in _candidates(shape):
+        valid = [tile for tile in tiles if why_invalid(tile, shape, processor) is None]
+        resident = [tile for tile in valid if tile.is_resident(*_sizes(shape))]
+        yield from dict.fromkeys(valid[:1] + resident[:1])
 
 
-def _tiles(shape: MBConvShape) -> Iterator[MBConvHopperTile]:
-    for (rows, bands, columns), images in product(_divisions(shape.height, shape.width), (1, 2, 4)):
-        tile = MBConvHopperTile(images, rows, bands, columns)
-        if why_malformed(tile) is None:
-            yield tile
+def _sizes(shape: MBConvShape) -> tuple[int, int, int, int, int]:
+    return shape.width, shape.in_channels, shape.hidden_channels, shape.out_channels, shape.squeeze_channels
 
 
-def _divisions(height: int, width: int) -> Iterator[tuple[int, int, int]]:
-    """Rows, bands and columns that cover an image; bands are added to reach a block of pixels."""
-    columns = 1 << (width - 1).bit_length()
-    for rows in ROWS:
-        bands = max(1 << (ceil(height / rows) - 1).bit_length(), ceil(BLOCK_PIXELS / columns))
-        if height % rows == 0 and rows * bands * columns <= MAX_PIXELS:
-            yield rows, bands, columns
+def _candidates(shape: MBConvShape) -> Iterator[list[MBConvHopperTile]]:
+    """For each division of an image and each step, tiles with ever fewer stages."""
+    for (bands, piece), step in product(_divisions(shape.height, shape.width), STEPS):
+        yield [MBConvHopperTile(bands, piece, step, stages) for stages in range(MAX_STAGES, 1, -1)]
+
+
+def _divisions(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """Bands and pieces that cover an image."""
+    for bands, piece in product(BANDS, reversed(PIECES)):
+        if why_not_covering(MBConvHopperTile(bands, piece, min(STEPS), 2), height, width) is None:
+            yield bands, piece

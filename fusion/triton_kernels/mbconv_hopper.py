@@ -1,23 +1,20 @@
 """MBConv with squeeze-and-excitation on Hopper (sm_90) as one kernel in Gluon: the block of `mbconv.py`, groups of 8.
 
-A program owns whole images, a *tile*, at full height and width, and all their hidden channels. So squeeze vectors are
-sums within one program, and no program waits for another. Its two partitions, a warpgroup each, work in two phases.
+A program, eight warps, owns an image at full height and width, and all its hidden channels. So squeeze vectors are sums
+within one program, and no program waits for another. It may run several blocks one after the other, the image in shared
+memory all the while. Each has two phases.
 
-*Produce*: the partitions take turns at *chunks* of 64 hidden channels. A chunk is expanded from the input, which is in
-shared memory, by products whose rows are hidden channels and whose columns are all pixels of the tile. Half of it at a
-time is activated, transposed into a buffer of rows in shared memory, and convolved by products of shifted views of that
-buffer. The result is activated, summed over the pixels, and written, as the registers hold it, to a workspace that
-stays in L2 as far as it has room.
+*Produce*: *sweeps* of 128 hidden channels, 16 for each warp. They are expanded by products whose rows are hidden
+channels and whose columns are pixels, so that a warp has all pixels of its hidden channels; activated and transposed in
+registers; convolved there by small products, group by group, whose left operands are those registers; activated and
+summed over the pixels. As registers hold the result, it is a left operand of the projection, and goes to shared memory
+if all hidden channels have room there, else to a workspace that stays in L2 as far as it has room.
 
-*Project*: squeeze and excite give each hidden channel its gate. The hidden channels come back to registers, which now
-hold the left operand of a product, are multiplied by their gates, and projected. The projection's weights come through
-a ring in shared memory, by TMA, for both partitions.
+*Project*: squeeze and excite give each hidden channel its gate. The hidden channels come back to registers, are
+multiplied by their gates, and projected. The projection's weights come through a ring in shared memory, by TMA.
 
-An image of `height x width` pixels is cut into `bands` of `rows` rows each. Row j of all bands is a *row buffer*, whose
-pixels lie column by column, those of all bands in turn. So a shift by a column is a shift by `bands` pixels, zeros
-before and after a row buffer are the image's left and right edges, and the row above the first of a band is the last
-one of the band before: a copy of that row, shifted by one pixel, in which the last band is zero. Likewise the row
-below the last of a band is a copy of the first one, in which the first band is zero.
+An image is cut into `bands` of columns. A *tile* is a column of every band: lane g of eight has rows 2 q and 2 q + 1 of
+a band, where g = `pairs` band + q. Pixels lie in shared memory tile by tile, the even rows of all lanes before the odd.
 
 Programmatic dependent launch: the kernel may start before the one ahead of it in the stream has finished, and reads
 nothing but weights and biases until it has.
@@ -26,282 +23,256 @@ nothing but weights and biases until it has.
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusion.planner.mbconv_hopper_tile import WARPS, MBConvHopperTile
+from fusion.planner.mbconv_hopper_tile import BIAS_CHANNELS, WARPS, MBConvHopperTile
 from fusion.triton_kernels.hopper_layouts import flat_layout, plain_layout, rows_layout
-from fusion.triton_kernels.hopper_parts import fixed, processor_count, slab_start, wait_for_previous_kernel
-from fusion.triton_kernels.mbconv_hopper_gates import add_shares, average, excite, load_excite, squeeze, store_shares
-from fusion.triton_kernels.mbconv_hopper_produce import clear_pads, load_biases, load_taps, produce
-from fusion.triton_kernels.mbconv_hopper_project import load_project, project
+from fusion.triton_kernels.hopper_parts import fixed, processor_count, slab_start, zeros
+from fusion.triton_kernels.mbconv_hopper_gates import excite
+from fusion.triton_kernels.mbconv_hopper_produce import produce
+from fusion.triton_kernels.mbconv_hopper_project import load_hidden, load_weights, project
 from fusion.triton_kernels.mbconv_hopper_spec import (
-    CREW,
-    HALF,
+    HIDDEN,
     SLAB_WIDTHS,
+    TILE,
+    UNIT,
     Spec,
     constants,
+    copy_layout,
     new_barriers,
-    pixels_layout,
-    width_index,
+    tile_layout,
+    vector_layout,
 )
 
-WORKER_REGISTERS = gl.constexpr(240)
-"""Of each thread of the second partition; it leaves as many to the first."""
+BIAS = gl.constexpr(BIAS_CHANNELS)
+ALL_ONES = -1
+"""A word that the compiler does not know."""
+
+
+@gluon.jit
+def wait_for_previous_kernel():
+    """Wait until the kernel ahead in the stream has finished, and let the one behind start."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;",
+        "=r,r",
+        [gl.arange(0, 32 * gl.num_warps(), vector_layout())],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def fence_async_global():
+    """What this thread has written to global memory is there for TMA, once all threads have met."""
+    gl.inline_asm_elementwise(
+        "fence.proxy.async.global; mov.b32 $0, $1;",
+        "=r,r",
+        [gl.arange(0, 32 * gl.num_warps(), vector_layout())],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
 def new_slab(SLAB: gl.constexpr, dtype: gl.constexpr, S: gl.constexpr):
-    """[images, pixels, slab] in shared memory."""
-    return gl.allocate_shared_memory(dtype, [S.images, S.image_pixels, SLAB], rows_layout(SLAB))
+    """[pieces, pixels of a piece, slab] in shared memory."""
+    return gl.allocate_shared_memory(dtype, [S.pieces, S.piece_pixels, SLAB], rows_layout(SLAB))
 
 
 @gluon.jit
-def units_of(arena):
-    """The arena in units of 512 bytes."""
-    return arena.index(0)._reinterpret(arena.dtype, [2 * arena.shape[0], 16, 16], rows_layout(16))
-
-
-@gluon.jit
-def buffer_of(arena, PARTITION: gl.constexpr, S: gl.constexpr):
-    """A partition's row buffers, [atoms, 8 pixels, 32]."""
-    first = units_of(arena).index(PARTITION * S.partition_bytes // 512)
-    return first._reinterpret(arena.dtype, [S.buffer_pixels // 8, 8, HALF], rows_layout(32))
-
-
-@gluon.jit
-def taps_of(arena, PARTITION: gl.constexpr, S: gl.constexpr):
-    """A partition's taps of both halves, each [2 pieces x 3 columns x 3 rows, 16 out, 16 in]."""
-    first = units_of(arena).index((PARTITION * S.partition_bytes + S.taps_start) // 512)
-    return first._reinterpret(arena.dtype, [36, 16, 16], rows_layout(16))
-
-
-@gluon.jit
-def meet(barriers, INDEX: gl.constexpr):
-    """Wait for the other partition."""
-    gl.thread_barrier()
-    mbarrier.arrive(barriers.index(INDEX))
-    mbarrier.wait(barriers.index(INDEX), 0)
-
-
-@gluon.jit
-def walk(
-    xs,
-    x_full,
-    outs,
-    arena,
-    taps_full,
-    v_full,
-    v_free,
-    meets,
-    descs,
-    out_descs,
-    expand_ptr,
-    squeeze_ptr,
-    squeeze_bias_ptr,
-    excite_ptr,
-    excite_bias_ptr,
-    biases_ptr,
-    biases,
-    out_bias,
-    ws,
-    pool,
-    gates,
-    image,
-    PARTITION: gl.constexpr,
-    S: gl.constexpr,
-):
-    """A partition's part."""
-    buffer = buffer_of(arena, PARTITION, S)
-    w = taps_of(arena, PARTITION, S)
-    shares = arena.index(S.shares_atom)._reinterpret(gl.float32, [5 * CREW * S.images, S.squeeze], plain_layout(1))
-    vectors = shares.index((4 * CREW + PARTITION) * S.images)._reinterpret(
-        gl.float32, [S.images, S.squeeze], plain_layout(1)
-    )
-    load_biases(biases, biases_ptr + PARTITION * S.bias_elements, S)
-    produce(image, xs, x_full, buffer, w, taps_full, descs, expand_ptr, biases, ws, pool, PARTITION, S)
-    average(pool, gates, PARTITION, S)  # gates take the place of the means
-    squeezed = squeeze(squeeze_ptr, gates, PARTITION, S)
-    fence_async_shared()
-    meet(meets, 0)
-    if PARTITION == 0:
-        for stage in gl.static_range(fixed(S.stages)):
-            load_project(descs[2], arena, v_full, stage, S)
-    store_shares(shares, squeezed, PARTITION, S)
-    weights = load_excite(excite_ptr, min(PARTITION, S.gate_steps - 1), S)
-    meet(meets, 1)
-    add_shares(squeeze_bias_ptr, shares, vectors, S)
-    excite(weights, excite_ptr, excite_bias_ptr, vectors, gates, PARTITION, S)
-    meet(meets, 2)
-    project(ws, gates, arena, v_full, v_free, descs[2], outs, out_bias, PARTITION, S)
-    meet(meets, 3)
-    if PARTITION == 0:
-        for s in gl.static_range(len(S.store_slabs)):
-            for i in gl.static_range(fixed(S.images)):
-                desc = out_descs[width_index(S.store_slabs[s])]
-                source = outs[s].index(i)._reinterpret(arena.dtype, desc.block_shape, desc.layout)
-                tma.async_copy_shared_to_global(desc, [image + i, 0, 0, 0, slab_start(S.store_slabs, s)], source)
-        tma.store_wait(0)
-
-
-@gluon.jit
-def mbconv_hopper_kernel(
-    x64_desc,  # x as [N, rows, W, bands, C], in boxes [1, rows, columns, bands, 64]
-    x32_desc,  # None where there is no slab of this width
-    x16_desc,
-    out64_desc,  # [N, rows, W, bands, K]
-    out32_desc,
-    out16_desc,
-    weights64_desc,  # fusion.mbconv_hopper_weights.PackedMBConvHopper.weights in boxes [64, 64]
-    weights8_desc,  # [8, 64]
-    project_desc,  # [step, 64]
-    expand_ptr,  # U, [chunks, C / 16, threads, 8], as threads hold it
-    biases_ptr,  # [partitions, bias_elements]
-    squeeze_ptr,  # [hidden, squeeze]
-    excite_ptr,  # [squeeze, hidden]
-    squeeze_bias_ptr,  # fp32, as the next two
-    excite_bias_ptr,
-    project_bias_ptr,
-    workspace_ptr,  # [programs, workspace_elements]
-    S: gl.constexpr,
-):
-    dtype: gl.constexpr = expand_ptr.dtype.element_ty
-    x_descs = (x64_desc, x32_desc, x16_desc)
-    out_descs = (out64_desc, out32_desc, out16_desc)
-    descs = (weights64_desc, weights8_desc, project_desc)
-    image = gl.program_id(0) * S.images
+def new_inputs(dtype: gl.constexpr, S: gl.constexpr):
     xs = ()
     for s in gl.static_range(len(S.in_slabs)):
         xs = xs + (new_slab(S.in_slabs[s], dtype, S),)
-    if S.in_slabs == S.store_slabs:
-        outs = xs
+    return xs
+
+
+@gluon.jit
+def new_outputs(xs, dtype: gl.constexpr, S: gl.constexpr):
+    """In the place of the input, if the slabs are the same."""
+    if S.in_place:
+        return xs
     else:
         outs = ()
-        for s in gl.static_range(len(S.store_slabs)):
-            outs = outs + (new_slab(S.store_slabs[s], dtype, S),)
-    arena = gl.allocate_shared_memory(dtype, [S.arena_atoms, 8, 64], rows_layout(64))
-    x_full = new_barriers(fixed(len(S.in_slabs)), 1)
-    taps_full = ()
-    for _ in gl.static_range(CREW):
-        taps_full = taps_full + (new_barriers(2, 1),)
-    v_full = new_barriers(fixed(S.stages), 1)
-    v_free = new_barriers(fixed(S.stages), CREW - 1)
-    meets = new_barriers(4, CREW)
-    gates = gl.allocate_shared_memory(dtype, [S.images * S.gate_steps * 8, 32], plain_layout(1))
-    biases = ()
-    for p in gl.static_range(CREW):
-        biases = biases + (gl.allocate_shared_memory(dtype, [S.bias_elements // 16, 16], plain_layout(1)),)
-        clear_pads(buffer_of(arena, p, S), S)
+        for s in gl.static_range(len(S.out_slabs)):
+            outs = outs + (new_slab(S.out_slabs[s], dtype, S),)
+        return outs
+
+
+@gluon.jit
+def pixels_of(slab, SLAB: gl.constexpr, S: gl.constexpr):
+    """[pixels, slab]"""
+    return slab._reinterpret(slab.dtype, [S.pixels, SLAB], rows_layout(SLAB))
+
+
+@gluon.jit
+def pixel_offsets(image, SLAB: gl.constexpr, FIRST: gl.constexpr, CHANNELS: gl.constexpr, S: gl.constexpr):
+    """[pixels, slab] in the order of shared memory: offsets into images `[N, H, W, channels]`, and which are inside."""
+    LAYOUT: gl.constexpr = copy_layout(SLAB)
+    pixel = gl.arange(0, S.pixels, gl.SliceLayout(1, LAYOUT))
+    channel = FIRST + gl.arange(0, SLAB, gl.SliceLayout(0, LAYOUT))
+    tile, lane = pixel // TILE, pixel % 8
+    row = lane % S.pairs * 2 + pixel // 8 % 2
+    column = tile + S.columns * (lane // S.pairs)
+    inside = (row < S.height) & (column < S.width) & (tile < S.columns)
+    offsets = (row * S.width + column)[:, None] * CHANNELS + channel[None, :]
+    offsets += image.to(gl.int64) * (S.height * S.width * CHANNELS)
+    return offsets, inside[:, None] & (channel < CHANNELS)[None, :]
+
+
+@gluon.jit
+def load_input(x_ptr, xs, image, S: gl.constexpr):
+    values = ()
+    for s in gl.static_range(len(S.in_slabs)):
+        offsets, inside = pixel_offsets(image, S.in_slabs[s], slab_start(S.in_slabs, s), S.in_channels, S)
+        values = values + (gl.load(x_ptr + offsets, mask=inside, other=0.0),)
+    for s in gl.static_range(len(S.in_slabs)):
+        pixels_of(xs[s], S.in_slabs[s], S).store(values[s])
+
+
+@gluon.jit
+def store_output(out_ptr, outs, image, S: gl.constexpr):
+    for s in gl.static_range(len(S.out_slabs)):
+        offsets, inside = pixel_offsets(image, S.out_slabs[s], slab_start(S.out_slabs, s), S.out_channels, S)
+        value = pixels_of(outs[s], S.out_slabs[s], S).load(copy_layout(S.out_slabs[s]))
+        gl.store(out_ptr + offsets, value, mask=inside)
+
+
+@gluon.jit
+def new_bias_input(dtype: gl.constexpr, S: gl.constexpr):
+    """What the expansion's bias is multiplied by: ones in two channels, for the bias and the rest of its rounding."""
+    slab = new_slab(BIAS, dtype, S)
+    value = zeros(S.pixels, BIAS, gl.float32, copy_layout(BIAS))
+    value += gl.where(gl.arange(0, BIAS, gl.SliceLayout(0, copy_layout(BIAS))) < 2, 1.0, 0.0)[None, :]
+    pixels_of(slab, BIAS, S).store(value.to(dtype))
+    return slab
+
+
+@gluon.jit
+def new_hidden(dtype: gl.constexpr, S: gl.constexpr):
+    """All hidden channels in shared memory, [sweeps x tiles, warps, 256], or stages [stages x units, rows, 64]."""
+    if S.resident:
+        return gl.allocate_shared_memory(dtype, [S.sweeps * S.tiles, HIDDEN // 16, UNIT], plain_layout(2))
+    else:
+        return gl.allocate_shared_memory(dtype, [S.stages * S.units, S.rows // 4, 64], plain_layout(2))
+
+
+@gluon.jit(do_not_specialize=["blocks"])
+def mbconv_hopper_kernel(
+    x_ptr,  # [N, H, W, C]
+    out_ptr,  # [N, H, W, K]
+    v64_desc,  # fusion.mbconv_hopper_weights.PackedMBConvHopper.project, in boxes of a slab
+    v32_desc,  # None where there is no slab of this width
+    v16_desc,
+    hidden_desc,  # the workspace as rows of 64, None if hidden channels stay in shared memory
+    expand_ptr,  # U, registers of two products at a time
+    taps_ptr,  # [blocks, sweeps, 5, warps, 32, 8]
+    conv_bias_ptr,  # fp32, as all biases
+    squeeze_ptr,  # [blocks, hidden, squeeze]
+    squeeze_bias_ptr,
+    excite_ptr,  # [blocks, gates, squeeze]
+    excite_bias_ptr,
+    project_bias_ptr,
+    workspace_ptr,  # [programs, hidden x pixels]
+    blocks,
+    all_ones,
+    S: gl.constexpr,
+):
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    OUT: gl.constexpr = slab_start(S.out_slabs, len(S.out_slabs))
+    v_descs = (v64_desc, v32_desc, v16_desc)
+    image = gl.program_id(0)
+    xs = new_inputs(dtype, S)
+    outs = new_outputs(xs, dtype, S)
+    vs = gl.allocate_shared_memory(dtype, [S.stages * S.weight_rows // 8, 8, 64], rows_layout(64))
+    hidden = new_hidden(dtype, S)
+    gates = gl.allocate_shared_memory(dtype, [S.gates // S.step, S.step], plain_layout(1))
+    vector = gl.allocate_shared_memory(gl.float32, [S.squeeze], plain_layout(1))
+    v_full = new_barriers(fixed(S.stages))
+    hidden_full = new_barriers(fixed(S.stages))
+    xs_and_ones = xs + (new_bias_input(dtype, S),)
     fence_async_shared()
     gl.thread_barrier()
-    for p in gl.static_range(CREW):
-        for half in gl.static_range(2):
-            load_taps(descs, taps_of(arena, p, S), taps_full[p], half, 2 * p + half, p < S.chunks)
+    for turn in gl.static_range(fixed(S.stages)):
+        load_weights(v_descs, vs, v_full, turn, blocks, S)
     wait_for_previous_kernel()
-    for s in gl.static_range(len(S.in_slabs)):
-        desc = x_descs[width_index(S.in_slabs[s])]
-        mbarrier.expect(x_full.index(s), 2 * S.pixels * S.in_slabs[s])
-        for i in gl.static_range(fixed(S.images)):
-            target = xs[s].index(i)._reinterpret(dtype, desc.block_shape, desc.layout)
-            tma.async_copy_global_to_shared(
-                desc, [image + i, 0, 0, 0, slab_start(S.in_slabs, s)], x_full.index(s), target
-            )
-    ws = workspace_ptr + gl.program_id(0).to(gl.int64) * S.workspace_elements
-    pool = (ws + S.chunks * 64 * S.pixels).to(gl.pointer_type(gl.float32), bitcast=True)
+    load_input(x_ptr, xs, image, S)
+    fence_async_shared()
     gl.thread_barrier()
-    gl.warp_specialize(
-        [
-            (
-                walk,
-                (
-                    xs,
-                    x_full,
-                    outs,
-                    arena,
-                    taps_full[0],
-                    v_full,
-                    v_free,
-                    meets,
-                    descs,
-                    out_descs,
-                    expand_ptr,
-                    squeeze_ptr,
-                    squeeze_bias_ptr,
-                    excite_ptr,
-                    excite_bias_ptr,
-                    biases_ptr,
-                    biases[0],
-                    project_bias_ptr,
-                    ws,
-                    pool,
-                    gates,
-                    image,
-                    0,
-                    S,
-                ),
-            ),
-            (
-                walk,
-                (
-                    xs,
-                    x_full,
-                    outs,
-                    arena,
-                    taps_full[1],
-                    v_full,
-                    v_free,
-                    meets,
-                    descs,
-                    out_descs,
-                    expand_ptr,
-                    squeeze_ptr,
-                    squeeze_bias_ptr,
-                    excite_ptr,
-                    excite_bias_ptr,
-                    biases_ptr,
-                    biases[1],
-                    project_bias_ptr,
-                    ws,
-                    pool,
-                    gates,
-                    image,
-                    1,
-                    S,
-                ),
-            ),
-        ],
-        [gl.num_warps()],
-        [WORKER_REGISTERS],
-    )
+    ones = zeros(HIDDEN, TILE, gl.int32, tile_layout()) + all_ones
+    ws = workspace_ptr + image.to(gl.int64) * (S.hidden * S.pixels)
+    first_row = image * (S.hidden * S.pixels // 64)
+    for block in range(0, blocks):
+        squeezed = produce(
+            ones,
+            xs_and_ones,
+            expand_ptr + block * (S.sweeps * S.expand_elements // 2),
+            taps_ptr + block * (S.sweeps * S.taps_elements),
+            conv_bias_ptr + block * (2 * S.hidden),
+            squeeze_ptr + block * (S.hidden * S.squeeze),
+            ws,
+            hidden,
+            dtype,
+            S,
+        )
+        if not S.resident:
+            fence_async_global()
+            gl.thread_barrier()
+            for index in gl.static_range(fixed(S.stages)):
+                load_hidden(hidden_desc, hidden, hidden_full, first_row, block * S.turns + index, index, S)
+        excite(
+            squeezed,
+            vector,
+            gates,
+            squeeze_bias_ptr + block * S.squeeze,
+            excite_ptr + block * (S.gates * S.squeeze),
+            excite_bias_ptr + block * S.gates,
+            S,
+        )
+        project(
+            block,
+            blocks,
+            first_row,
+            gates,
+            hidden,
+            hidden_full,
+            hidden_desc,
+            vs,
+            v_full,
+            v_descs,
+            project_bias_ptr + block * OUT,
+            outs,
+            S,
+        )
+        fence_async_shared()
+        gl.thread_barrier()
+    store_output(out_ptr, outs, image, S)
 
 
 def descriptor_boxes(spec: Spec) -> dict[str, list[int]]:
     """What one copy by TMA brings: the box of every descriptor that the kernel needs, by the argument's name."""
-    image = [1, spec.rows, spec.columns, spec.bands]
-    sides = {"x": spec.in_slabs, "out": spec.store_slabs}
-    boxes = {
-        f"{name}{width}_desc": [*image, width]
-        for name, slabs in sides.items()
-        for width in SLAB_WIDTHS
-        if width in slabs
-    }
-    return boxes | {"weights64_desc": [64, 64], "weights8_desc": [8, 64], "project_desc": [spec.step, 64]}
+    boxes = {f"v{width}_desc": [spec.step * width // 64, 64] for width in SLAB_WIDTHS if width in spec.out_slabs}
+    return boxes if spec.resident else boxes | {"hidden_desc": [spec.rows // 4, 64]}
 
 
 def descriptor_layout(box: list[int]) -> gl.NVMMASharedLayout:
-    """Of what a copy brings: pixels that products read, or weights as they are packed."""
-    return flat_layout() if len(box) == 2 else pixels_layout(box[-1])
+    """Of what a copy brings: rows as they lie in global memory."""
+    return flat_layout()
 
 
 def launch(
     x: torch.Tensor,
     expand: torch.Tensor,
-    weights: torch.Tensor,
-    biases: torch.Tensor,
+    taps: torch.Tensor,
+    conv_bias: torch.Tensor,
     squeeze: torch.Tensor,
     squeeze_bias: torch.Tensor,
     excite: torch.Tensor,
     excite_bias: torch.Tensor,
+    project: torch.Tensor,
     project_bias: torch.Tensor,
     out: torch.Tensor,
     *,
@@ -313,10 +284,10 @@ def launch(
 ) -> None:
     """Run the kernel on `x` `[N, C, H, W]` into `out` `[N, K, H, W]`, both channels_last, on the current device.
 
-    Weights are packed for `tile` (`fusion.mbconv_hopper_weights.PackedMBConvHopper`). All addresses are multiples of
-    16 bytes. There is a launch for as many images as the GPU's processors hold at a time, and all use one workspace.
-    The kernel reads weights and biases before the kernel ahead of it in the stream has finished: that one must not be
-    what writes them. Nothing is checked here.
+    Weights are packed for `tile` (`fusion.mbconv_hopper_weights.PackedMBConvHopper`), of one block or of several. All
+    addresses are multiples of 16 bytes. There is a launch for as many images as the GPU has processors, and all use one
+    workspace. The kernel reads weights and biases before the kernel ahead of it in the stream has finished: that one
+    must not be what writes them. Nothing is checked here.
     """
     batch, in_channels, height, width = x.shape
     spec = constants(
@@ -330,47 +301,37 @@ def launch(
         residual=residual,
         tile=tile,
     )
-    programs = min(-(-batch // tile.images), processor_count(x.device.index))
-    workspace = torch.empty(programs * spec.workspace_elements, dtype=x.dtype, device=x.device)
+    programs = min(batch, processor_count(x.device.index))
+    elements = 1 if spec.resident else programs * tile.workspace_elements(width, hidden_channels)
+    workspace = torch.empty(elements, dtype=x.dtype, device=x.device)
     boxes = descriptor_boxes(spec)
-    descriptors = {
-        name: TensorDescriptor(weights, list(weights.shape), [weights.shape[1], 1], box, descriptor_layout(box))
-        for name, box in boxes.items()
-        if len(box) == 2
-    }
-    for first in range(0, batch, programs * tile.images):
-        images = slice(first, first + programs * tile.images)
-        pixels = {
-            f"{name}{slab}_desc": pixels_descriptor(tensor[images], spec, boxes.get(f"{name}{slab}_desc"))
-            for name, tensor in (("x", x), ("out", out))
-            for slab in SLAB_WIDTHS
-        }
-        mbconv_hopper_kernel[(-(-x[images].shape[0] // tile.images),)](
-            **pixels,
+    rows = {"hidden_desc": workspace, **{f"v{slab}_desc": project for slab in SLAB_WIDTHS}}
+    descriptors = {name: _rows_descriptor(tensor, boxes.get(name)) for name, tensor in rows.items()}
+    for first in range(0, batch, programs):
+        images = slice(first, first + programs)
+        mbconv_hopper_kernel[(len(x[images]),)](
+            x_ptr=x[images],
+            out_ptr=out[images],
             **descriptors,
-            expand_ptr=expand,
-            biases_ptr=biases,
+            expand_ptr=expand.view(torch.int32),
+            taps_ptr=taps,
+            conv_bias_ptr=conv_bias,
             squeeze_ptr=squeeze,
-            excite_ptr=excite,
             squeeze_bias_ptr=squeeze_bias,
+            excite_ptr=excite,
             excite_bias_ptr=excite_bias,
             project_bias_ptr=project_bias,
             workspace_ptr=workspace,
+            blocks=len(expand),
+            all_ones=ALL_ONES,
             S=spec,
             num_warps=WARPS,
             launch_pdl=True,
         )
 
 
-def pixels_descriptor(tensor: torch.Tensor, spec: Spec, box: list[int] | None) -> TensorDescriptor | None:
-    """Of images `[N, C, H, W]` as [N, rows, columns, bands, C]; None without a box."""
+def _rows_descriptor(tensor: torch.Tensor, box: list[int] | None) -> TensorDescriptor | None:
+    """Of rows of 64 elements; None without a box."""
     if box is None:
         return None
-    batch, channels, height, width = tensor.shape
-    return TensorDescriptor(
-        tensor,
-        [batch, spec.rows, width, height // spec.rows, channels],
-        [height * width * channels, width * channels, channels, spec.rows * width * channels, 1],
-        box,
-        descriptor_layout(box),
-    )
+    return TensorDescriptor(tensor, [tensor.numel() // 64, 64], [64, 1], box, descriptor_layout(box))

@@ -1,107 +1,122 @@
-"""Second phase of the Hopper kernel of the MBConv block: hidden channels, gated and projected."""
+"""Second phase of the Hopper kernel of the MBConv block: hidden channels times their gates, projected.
+
+Hidden channels are the left operand of the products, in registers. They come from shared memory, where they have been
+all along or where TMA brings them back from the workspace. Weights come by TMA, a step at a time, in a ring of stages
+that goes on from block to block. Some steps follow each other without a wait for their products.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from fusion.triton_kernels.hopper_layouts import operand_layout, plain_layout, rows_layout, sum_layout
-from fusion.triton_kernels.hopper_parts import fixed, split_units, zeros
-from fusion.triton_kernels.mbconv_hopper_spec import BLOCK, CREW, TAPS_ROWS, read_fragments
+from fusion.triton_kernels.hopper_layouts import plain_layout, powers, rows_layout
+from fusion.triton_kernels.hopper_parts import fixed, slab_start, split_columns, zeros
+from fusion.triton_kernels.mbconv_hopper_spec import TILE, UNIT, WARPS
 
 
 @gluon.constexpr_function
-def own_blocks(S):
-    """Blocks that a partition projects together."""
-    return 1 if S.splits_columns else S.blocks // CREW // S.passes
+def project_layout(S, columns):
+    """[rows, columns], sums of the projection."""
+    across = WARPS.value // S.warps_of_rows
+    return gl.NVMMADistributedLayout([3, 0], [S.warps_of_rows, across], [16, columns // across, 16])
 
 
 @gluon.constexpr_function
-def first_own_block(S, turn, partition):
-    """The first block that a partition projects in a pass."""
-    return 0 if S.splits_columns else (CREW * turn + partition) * own_blocks(S)
+def hidden_operand(S, columns):
+    """[rows, step], left operand of a product with so many columns."""
+    return gl.DotOperandLayout(0, project_layout(S, columns), 2)
 
 
 @gluon.constexpr_function
-def image_of_block(S, block):
-    return block // (S.blocks // S.images)
+def lane_bases(rank):
+    """16 bytes of each lane, in the last dimension of a tensor of this rank."""
+    return [[0] * (rank - 1) + [8 * lane] for lane in powers(1, 32)]
 
 
 @gluon.constexpr_function
-def own_slabs(S, partition):
-    """Slabs of output channels that a partition projects: (first channel, width) each."""
-    slabs = S.store_slabs if S.splits_columns else S.out_slabs
-    slabs = tuple((sum(slabs[:i]), slab) for i, slab in enumerate(slabs))
-    return slabs[partition::CREW] if S.splits_columns else slabs
+def warp_bases(S, rank, dim):
+    """Warps that divide the pixels, in a dimension of tiles; the others hold the same."""
+    tiles = [[warp if i == dim else 0 for i in range(rank)] for warp in powers(1, S.warps_of_rows)]
+    return tiles + [[0] * rank for _ in powers(S.warps_of_rows, WARPS.value)]
 
 
 @gluon.constexpr_function
-def own_slab_start(S, partition, index):
-    return own_slabs(S, partition)[index][0]
+def streamed_layout(S):
+    """[units, tiles of a pass, 256]: 16 bytes a thread of each tile of its warp."""
+    own = [[0, 0, element] for element in (1, 2, 4)]
+    own += [[0, tile, 0] for tile in powers(S.warps_of_rows, S.rows // TILE.value)]
+    own += [[unit, 0, 0] for unit in powers(1, S.units)]
+    return gl.DistributedLinearLayout(own, lane_bases(3), warp_bases(S, 3, 1), [], [S.units, S.rows // 16, 256])
 
 
 @gluon.constexpr_function
-def own_slab_width(S, partition, index):
-    return own_slabs(S, partition)[index][1]
+def resident_layout(S):
+    """[tiles of a pass, units, 256]: 16 bytes a thread of each tile of its warp."""
+    own = [[0, 0, element] for element in (1, 2, 4)] + [[0, unit, 0] for unit in powers(1, S.units)]
+    own += [[tile, 0, 0] for tile in powers(S.warps_of_rows, S.rows // TILE.value)]
+    return gl.DistributedLinearLayout(own, lane_bases(3), warp_bases(S, 3, 0), [], [S.rows // 16, S.units, 256])
 
 
 @gluon.constexpr_function
-def own_slab_count(S, partition):
-    return len(own_slabs(S, partition))
+def box_index(width):
+    """Index of the descriptor for slabs of this width, the widest first."""
+    return (64 // width).bit_length() - 1
 
 
 @gluon.jit
-def load_project(weights_desc, vs, full, q, S: gl.constexpr):
-    """Start to load the projection's weights for turn `q`, if there is one, those of a step."""
-    SLABS: gl.constexpr = S.out_tiles
-    used = q < S.turns
-    stage = q % S.stages
-    barrier = full.index(stage)
-    mbarrier.expect(barrier, SLABS * S.step * 64 * 2, pred=used)
-    for s in gl.static_range(SLABS):
-        step = q % (S.turns // S.passes)
-        row = TAPS_ROWS * 2 * S.chunks + (step * SLABS + s) * S.step
-        target = vs.index((stage * SLABS + s) * (S.step // 8))
-        target = target._reinterpret(vs.dtype, weights_desc.block_shape, weights_desc.layout)
-        tma.async_copy_global_to_shared(weights_desc, [row, 0], barrier, target, pred=used)
-
-
-@gluon.constexpr_function
-def tile_index(S, first):
-    """Of the slab that starts at a channel."""
-    return sum(sum(S.store_slabs[:i]) < first for i in range(len(S.store_slabs)))
-
-
-@gluon.jit
-def matrix_of(vs, stage, FIRST: gl.constexpr, SLAB: gl.constexpr, S: gl.constexpr):
-    """[step hidden, slab] of the projection's weights."""
-    view = vs.index((stage * S.out_tiles + tile_index(S, FIRST)) * (S.step // 8))
-    if SLAB >= 64:
-        return view._reinterpret(vs.dtype, [S.step, SLAB], rows_layout(64))
+def load_weights(descs, vs, full, turn, blocks, S: gl.constexpr):
+    """Start to load the projection's weights for a turn of all blocks, if there is one."""
+    used = turn < blocks * S.turns
+    barrier = full.index(turn % S.stages)
+    if S.passes == 1:
+        row = turn * S.weight_rows
     else:
-        return view._reinterpret(vs.dtype, [S.step, 64], rows_layout(64)).slice(0, SLAB, dim=1)
+        row = (turn // S.turns * S.steps + turn % S.steps) * S.weight_rows
+    mbarrier.expect(barrier, S.weight_rows * 128, pred=used)
+    for s in gl.static_range(len(S.out_slabs)):
+        first = S.step * slab_start(S.out_slabs, s) // 64
+        desc = descs[box_index(S.out_slabs[s])]
+        target = vs.index((turn % S.stages * S.weight_rows + first) // 8)
+        target = target._reinterpret(vs.dtype, desc.block_shape, desc.layout)
+        tma.async_copy_global_to_shared(desc, [row + first, 0], barrier, target, pred=used)
 
 
 @gluon.jit
-def own_matrix(vs, stage, PARTITION: gl.constexpr, INDEX: gl.constexpr, S: gl.constexpr):
-    """The matrix of own slab `INDEX`."""
-    return matrix_of(vs, stage, own_slab_start(S, PARTITION, INDEX), own_slab_width(S, PARTITION, INDEX), S)
+def load_hidden(desc, hidden, full, first_row, turn, index, S: gl.constexpr):
+    """Start to load hidden channels for turn `index` of a block, if there is one, which is `turn` of all blocks."""
+    used = index < S.turns
+    barrier = full.index(turn % S.stages)
+    UNIT_ROWS: gl.constexpr = S.pixels // 4  # of 64 elements
+    if S.passes == 1:
+        row = first_row + index * (S.units * UNIT_ROWS)
+    else:
+        row = first_row + index % S.steps * (S.units * UNIT_ROWS) + index // S.steps * (S.rows // 4)
+    mbarrier.expect(barrier, S.units * S.rows * 32, pred=used)
+    for u in gl.static_range(fixed(S.units)):
+        target = hidden.index(turn % S.stages * S.units + u)._reinterpret(hidden.dtype, desc.block_shape, desc.layout)
+        tma.async_copy_global_to_shared(desc, [row + u * UNIT_ROWS, 0], barrier, target, pred=used)
 
 
 @gluon.jit
-def read_step(ws, step, FIRST: gl.constexpr, S: gl.constexpr):
-    """Hidden channels of a step, for each own block [64, step]."""
-    ys = ()
-    for b in gl.static_range(own_blocks(S)):
-        pointer = ws + step * (S.pixels * S.step) + (FIRST + b) * (BLOCK * 16)
-        y = read_fragments(pointer, S.step // 16, fixed(S.pixels * 16))
-        ys = ys + (gl.convert_layout(y, operand_layout(S.step), assert_trivial=True),)
-    return ys
+def read_streamed(hidden, stage, S: gl.constexpr):
+    """[rows, step], left operand."""
+    TILES: gl.constexpr = S.rows // TILE
+    y = hidden.index(stage * S.units)._reinterpret(hidden.dtype, [S.units, TILES, UNIT], plain_layout(3))
+    y = y.load(streamed_layout(S)).reshape((S.units, TILES, 8, 4, 2, 2, 2))
+    # Units, tiles, lanes' pixels, lanes' channels, channels + 8, second row of pixels, channel of a pair.
+    y = y.permute((1, 5, 2, 0, 4, 3, 6)).reshape((S.rows, S.step))
+    return gl.convert_layout(y, hidden_operand(S, 64), assert_trivial=True)
+
+
+@gluon.jit
+def read_resident(hidden, sweep, STEP: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
+    """[rows, step], left operand, of step `STEP` of a sweep."""
+    TILES: gl.constexpr = S.rows // TILE
+    y = hidden.index(sweep * S.tiles)._reinterpret(hidden.dtype, [S.tiles, WARPS, UNIT], plain_layout(3))
+    y = y.slice(PASS * TILES, TILES, dim=0).slice(STEP * S.units, S.units, dim=1)
+    y = y.load(resident_layout(S)).reshape((TILES, S.units, 8, 4, 2, 2, 2))
+    y = y.permute((0, 5, 2, 1, 4, 3, 6)).reshape((S.rows, S.step))
+    return gl.convert_layout(y, hidden_operand(S, 64), assert_trivial=True)
 
 
 @gluon.jit
@@ -118,94 +133,139 @@ def multiply(y, gate, dtype: gl.constexpr):
 
 
 @gluon.jit
-def gated(y, gates, step, IMAGE: gl.constexpr, S: gl.constexpr):
-    """[64, step] of an image, multiplied by its gates."""
-    g = gates.index(IMAGE * S.gate_steps * 8 + step * (S.step // 32))._reinterpret(
-        gates.dtype, [S.step], plain_layout(1)
-    )
-    g = g.load(gl.SliceLayout(0, operand_layout(S.step)))[None, :]
+def gated(y, gates, step, S: gl.constexpr):
+    """[rows, step], multiplied by the gates."""
+    g = gates.index(step)._reinterpret(gates.dtype, [S.step], plain_layout(1))
+    g = g.load(gl.SliceLayout(0, hidden_operand(S, 64)))[None, :]
     y, g = gl.broadcast(y, g)
     return multiply(y, g, y.dtype)
 
 
 @gluon.jit
-def new_sums(WIDTH: gl.constexpr):
-    return zeros(BLOCK, WIDTH, gl.float32, sum_layout(WIDTH))
+def matrix_of(vs, stage, FIRST: gl.constexpr, COLUMNS: gl.constexpr, S: gl.constexpr):
+    """[step, columns] of the projection's weights."""
+    view = vs.index((stage * S.weight_rows + S.step * FIRST // 64) // 8)
+    return view._reinterpret(vs.dtype, [S.step, COLUMNS], rows_layout(min(COLUMNS, 64)))
+
+
+@gluon.jit
+def start_products(y, sums, vs, full, turn, S: gl.constexpr):
+    mbarrier.wait(full.index(turn % S.stages), turn // S.stages & 1)
+    next_sums = ()
+    for s in gl.static_range(len(S.products)):
+        v = matrix_of(vs, turn % S.stages, slab_start(S.products, s), S.products[s], S)
+        left = gl.convert_layout(y, hidden_operand(S, S.products[s]), assert_trivial=True)
+        next_sums = next_sums + (warpgroup_mma(left, v, sums[s], is_async=True),)
+    return next_sums
+
+
+@gluon.jit
+def wait_products(sums, COUNT: gl.constexpr):
+    """Until `COUNT` products are left."""
+    done = warpgroup_mma_wait(COUNT, deps=sums)
+    return done if isinstance(done, gl.tuple) else (done,)
+
+
+@gluon.jit
+def read_hidden(hidden, full, turn, sweep, STEP: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
+    """[rows, step], left operand, of step `STEP` of a sweep."""
+    if S.resident:
+        return read_resident(hidden, sweep, STEP, PASS, S)
+    else:
+        mbarrier.wait(full.index(turn % S.stages), turn // S.stages & 1)
+        return read_streamed(hidden, turn % S.stages, S)
+
+
+@gluon.jit
+def refill(index, first, blocks, first_row, hidden, hidden_full, hidden_desc, vs, v_full, v_descs, S: gl.constexpr):
+    """The stage of turn `index` of a block, whose products are done, takes a later turn; `first` is the block's."""
+    gl.thread_barrier()
+    load_weights(v_descs, vs, v_full, first + index + S.stages, blocks, S)
+    if not S.resident:
+        load_hidden(hidden_desc, hidden, hidden_full, first_row, first + index + S.stages, index + S.stages, S)
 
 
 @gluon.jit
 def project_pass(
-    ws, gates, vs, v_full, v_free, weights_desc, TURN: gl.constexpr, PARTITION: gl.constexpr, S: gl.constexpr
+    block,
+    blocks,
+    first_row,
+    gates,
+    hidden,
+    hidden_full,
+    hidden_desc,
+    vs,
+    v_full,
+    v_descs,
+    PASS: gl.constexpr,
+    S: gl.constexpr,
 ):
-    """Sums of the own blocks of a pass: for each block slabs [64, slab]."""
-    OWN: gl.constexpr = own_blocks(S)
-    SLABS: gl.constexpr = own_slab_count(S, PARTITION)
-    FIRST: gl.constexpr = first_own_block(S, TURN, PARTITION)
-    zs = ()
-    for _ in gl.static_range(OWN):
-        for s in gl.static_range(SLABS):
-            zs = zs + (new_sums(own_slab_width(S, PARTITION, s)),)
-    STEPS: gl.constexpr = S.turns // S.passes
-    ys = read_step(ws, 0, FIRST, S)
-    for step in range(0, STEPS):
-        turn = TURN * STEPS + step
-        operands = ()
-        for b in gl.static_range(OWN):
-            operands = operands + (gated(ys[b], gates, step, image_of_block(S, FIRST + b), S),)
-        ys = read_step(ws, gl.minimum(step + 1, STEPS - 1), FIRST, S)
-        mbarrier.wait(v_full.index(turn % S.stages), (turn // S.stages) & 1)
-        if SLABS > 0:
-            next_zs = ()
-            for b in gl.static_range(OWN):
-                for s in gl.static_range(SLABS):
-                    v = own_matrix(vs, turn % S.stages, PARTITION, s, S)
-                    next_zs = next_zs + (warpgroup_mma(operands[b], v, zs[b * SLABS + s], is_async=True),)
-            done = warpgroup_mma_wait(0, deps=next_zs)
-            zs = done if isinstance(done, gl.tuple) else (done,)
-        gl.thread_barrier()
-        if PARTITION > 0:
-            mbarrier.arrive(v_free.index(turn % S.stages))
-        else:
-            mbarrier.wait(v_free.index(turn % S.stages), (turn // S.stages) & 1)
-            load_project(weights_desc, vs, v_full, turn + S.stages, S)
-    return zs
+    """Sums of the pixels of a pass, [rows, product] for each product."""
+    PRODUCTS: gl.constexpr = len(S.products)
+    sums = ()
+    for s in gl.static_range(PRODUCTS):
+        sums = sums + (zeros(S.rows, S.products[s], gl.float32, project_layout(S, S.products[s])),)
+    PER_SWEEP: gl.constexpr = S.steps // S.sweeps
+    first = block * S.turns
+    for sweep in range(0, S.sweeps):
+        for i in gl.static_range(PER_SWEEP):
+            step = sweep * PER_SWEEP + i
+            index = PASS * S.steps + step
+            y = gated(read_hidden(hidden, hidden_full, first + index, sweep, i, PASS, S), gates, step, S)
+            sums = start_products(y, sums, vs, v_full, first + index, S)
+            if i % S.group > 0:
+                sums = wait_products(sums, PRODUCTS)
+                refill(index - 1, first, blocks, first_row, hidden, hidden_full, hidden_desc, vs, v_full, v_descs, S)
+            if i % S.group == S.group - 1:
+                sums = wait_products(sums, 0)
+                refill(index, first, blocks, first_row, hidden, hidden_full, hidden_desc, vs, v_full, v_descs, S)
+    return sums
+
+
+@gluon.constexpr_function
+def slab_index(first):
+    """Of the slab that starts at a channel: all but the last ones have 64."""
+    return -(-first // 64)
 
 
 @gluon.jit
-def finish_unit(z, out, out_bias, BLOCK_INDEX: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, S: gl.constexpr):
-    """Up to 64 channels of a block."""
-    LAYOUT: gl.constexpr = sum_layout(WIDTH)
-    z = gl.convert_layout(z, LAYOUT, assert_trivial=True)
-    z += gl.load(out_bias + FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)))[None, :]
-    tile = out._reinterpret(out.dtype, [S.blocks, BLOCK, WIDTH], rows_layout(WIDTH)).index(BLOCK_INDEX)
-    if S.residual:
-        z += tile.load(LAYOUT).to(gl.float32)
-    tile.store(z.to(out.dtype))
+def finish_slab(z, outs, bias_ptr, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
+    """Add bias and input to a pass's sums of output channels, round and write to shared memory."""
+    if COLUMNS > 64:
+        a, b = split_columns(z)
+        finish_slab(a, outs, bias_ptr, FIRST, COLUMNS // 2, PASS, S)
+        finish_slab(b, outs, bias_ptr, FIRST + COLUMNS // 2, COLUMNS // 2, PASS, S)
+    else:
+        LAYOUT: gl.constexpr = project_layout(S, COLUMNS)
+        z = gl.convert_layout(z, LAYOUT, assert_trivial=True)
+        z += gl.load(bias_ptr + FIRST + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT)))[None, :]
+        out = outs[slab_index(FIRST)]
+        out = out._reinterpret(out.dtype, [S.passes, S.rows, COLUMNS], rows_layout(COLUMNS)).index(PASS)
+        if S.residual:
+            z += out.load(LAYOUT).to(gl.float32)
+        out.store(z.to(out.dtype))
 
 
 @gluon.jit
-def finish_slab(z, outs, out_bias, BLOCK_INDEX: gl.constexpr, FIRST: gl.constexpr, SLAB: gl.constexpr, S: gl.constexpr):
-    """Add bias and input, round and write to shared memory."""
-    units = split_units(z, min(SLAB, 64))
-    for u in gl.static_range(len(units)):
-        finish_unit(units[u], outs[tile_index(S, FIRST) + u], out_bias, BLOCK_INDEX, FIRST + u * 64, min(SLAB, 64), S)
-
-
-@gluon.jit
-def project(ws, gates, vs, v_full, v_free, weights_desc, outs, out_bias, PARTITION: gl.constexpr, S: gl.constexpr):
-    """A partition's pixels, or output channels, into `outs`, which hold the input of a residual block."""
-    SLABS: gl.constexpr = own_slab_count(S, PARTITION)
+def project(
+    block,
+    blocks,
+    first_row,
+    gates,
+    hidden,
+    hidden_full,
+    hidden_desc,
+    vs,
+    v_full,
+    v_descs,
+    bias_ptr,
+    outs,
+    S: gl.constexpr,
+):
+    """The block's output into `outs`, which hold the input of a residual block."""
     for turn in gl.static_range(fixed(S.passes)):
-        zs = project_pass(ws, gates, vs, v_full, v_free, weights_desc, turn, PARTITION, S)
-        for b in gl.static_range(own_blocks(S)):
-            for s in gl.static_range(SLABS):
-                finish_slab(
-                    zs[b * SLABS + s],
-                    outs,
-                    out_bias,
-                    first_own_block(S, turn, PARTITION) + b,
-                    own_slab_start(S, PARTITION, s),
-                    own_slab_width(S, PARTITION, s),
-                    S,
-                )
-    fence_async_shared()
+        sums = project_pass(
+            block, blocks, first_row, gates, hidden, hidden_full, hidden_desc, vs, v_full, v_descs, turn, S
+        )
+        for s in gl.static_range(len(S.products)):
+            finish_slab(sums[s], outs, bias_ptr, slab_start(S.products, s), S.products[s], turn, S)

@@ -1,4 +1,4 @@
-"""What the phases of the Hopper kernel of the MBConv block share: constants, barriers, operands in memory."""
+"""What the phases of the Hopper kernel of the MBConv block share: constants, layouts, weights as threads hold them."""
 
 from dataclasses import dataclass
 
@@ -8,101 +8,150 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fusion.planner import mbconv_hopper_tile as planned
 from fusion.planner.mbconv_hopper_tile import (
-    BLOCK_PIXELS,
+    BIAS_CHANNELS,
     GATES,
-    PARTITIONS,
+    LANES,
+    ROWS,
+    SWEEP,
+    TAPS,
     TAPS_ELEMENTS,
-    WARPS,
-    WIDEST,
+    TILE_PIXELS,
     MBConvHopperTile,
 )
 
-CHUNK = gl.constexpr(planned.CHUNK)
-"""Hidden channels that a partition expands together."""
-HALF = gl.constexpr(planned.HALF)
-"""Hidden channels that it convolves together."""
-BLOCK = gl.constexpr(BLOCK_PIXELS)
-"""Pixels of a product whose rows are pixels."""
-CREW = gl.constexpr(PARTITIONS)
-"""Partitions of a program."""
-TAPS_ROWS = gl.constexpr(TAPS_ELEMENTS // WIDEST)
-"""Rows of the packed weights that hold the taps of a half."""
-GATE_COLUMNS = gl.constexpr(GATES)
-"""Gates that a partition computes together."""
+WARPS = gl.constexpr(planned.WARPS)
+HIDDEN = gl.constexpr(SWEEP)
+"""Hidden channels of a sweep."""
+TILE = gl.constexpr(TILE_PIXELS)
+"""Pixels of a tile."""
+UNIT = gl.constexpr(256)
+"""Elements of 16 hidden channels of a tile."""
 SLAB_WIDTHS = (64, 32, 16)
-"""Of slabs: for each there may be a descriptor of the input and the output."""
+"""Of the projection's weights: for each there may be a descriptor."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Compile-time constants of the kernel: the block, and how a tile divides it (`MBConvHopperTile` tells of most).
-
-    `part` pixels are expanded together, `turns` are the steps of the projection in all its passes, `taps_start` is the
-    first byte of a partition's taps, after its row buffers. `exact` tells that no pixel is outside of the images.
-    """
+    """Compile-time constants of the kernel: the block, and how a tile divides it (`MBConvHopperTile` tells of most)."""
 
     height: int
     width: int
+    in_channels: int
+    out_channels: int
     residual: bool
     activation: str
     in_slabs: tuple[int, ...]
-    store_slabs: tuple[int, ...]
     out_slabs: tuple[int, ...]
-    out_tiles: int
-    chunks: int
+    products: tuple[int, ...]
+    sweeps: int
     squeeze: int
-    gate_steps: int
-    bias_elements: int
-    images: int
-    rows: int
+    gates: int
     bands: int
     columns: int
-    pad: int
-    buffer_pixels: int
-    taps_start: int
-    partition_bytes: int
-    arena_atoms: int
-    shares_atom: int
-    workspace_elements: int
-    splits_columns: bool
-    passes: int
+    tiles: int
+    piece: int
     step: int
     stages: int
+    passes: int
+    group: int
+    resident: bool
 
     @property
-    def row_pixels(self) -> int:
-        """Pixels of a row buffer."""
-        return self.bands * self.columns
-
-    @property
-    def image_pixels(self) -> int:
-        return self.rows * self.row_pixels
+    def hidden(self) -> int:
+        return self.sweeps * SWEEP
 
     @property
     def pixels(self) -> int:
-        return self.images * self.image_pixels
+        """Pixels that there is room for."""
+        return self.tiles * TILE_PIXELS
 
     @property
-    def blocks(self) -> int:
-        return self.pixels // BLOCK_PIXELS
+    def pieces(self) -> int:
+        """Pieces that there is room for."""
+        return self.tiles // self.piece
 
     @property
-    def row_blocks(self) -> int:
-        """Blocks of a row buffer."""
-        return self.row_pixels // BLOCK_PIXELS
+    def piece_pixels(self) -> int:
+        return self.piece * TILE_PIXELS
 
     @property
-    def part(self) -> int:
-        """At most half of the pixels, so that those are activated while others are expanded."""
-        return max(self.row_pixels, min(128, self.pixels // 2))
+    def rows(self) -> int:
+        """Pixels of a pass of the projection."""
+        return self.pixels // self.passes
+
+    @property
+    def steps(self) -> int:
+        """Of a pass."""
+        return self.hidden // self.step
 
     @property
     def turns(self) -> int:
-        return self.passes * self.chunks * planned.CHUNK // self.step
+        """Steps of all passes."""
+        return self.steps * self.passes
+
+    @property
+    def units(self) -> int:
+        """Of 16 hidden channels, in a step."""
+        return self.step // 16
+
+    @property
+    def warps_of_rows(self) -> int:
+        """Warps that divide the pixels of a pass; the others divide output channels."""
+        return min(planned.WARPS, self.rows // TILE_PIXELS)
+
+    @property
+    def depths(self) -> int:
+        """Products of depth 16 of the expansion."""
+        return (sum(self.in_slabs) + BIAS_CHANNELS) // 16
+
+    @property
+    def expand_elements(self) -> int:
+        """Of a sweep."""
+        return self.depths * planned.WARPS * 256
+
+    @property
+    def taps_elements(self) -> int:
+        """Of a sweep."""
+        return TAPS_ELEMENTS
+
+    @property
+    def taps(self) -> int:
+        return TAPS
+
+    @property
+    def gate_count(self) -> int:
+        """Gates that are computed together."""
+        return GATES
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows of 64 of the projection's packed weights, of a step."""
+        return self.step * sum(self.out_slabs) // 64
+
+    @property
+    def pairs(self) -> int:
+        """Rows of pixels in the lanes of a band, in pairs."""
+        return LANES // self.bands
 
     @property
     def exact(self) -> bool:
-        return self.columns == self.width and self.rows * self.bands == self.height
+        """Whether no lane lies outside of the image."""
+        return self.height == ROWS // self.bands and self.width == self.bands * self.columns
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all tiles of a sweep are expanded together."""
+        return self.piece == self.columns
+
+    @property
+    def copies(self) -> bool:
+        """Whether registers are copied for products: tiles that are kept for long are worth it."""
+        return not self.at_once
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the output takes the place of the input."""
+        return self.in_slabs == self.out_slabs
 
 
 def constants(
@@ -121,83 +170,85 @@ def constants(
     return Spec(
         height=height,
         width=width,
+        in_channels=in_channels,
+        out_channels=out_channels,
         residual=residual,
         activation=activation,
         in_slabs=tile.in_slabs(in_channels),
-        store_slabs=tile.store_slabs(out_channels),
         out_slabs=tile.out_slabs(out_channels),
-        out_tiles=tile.out_tiles(out_channels),
-        chunks=tile.chunks(hidden_channels),
+        products=tile.products(width, out_channels),
+        sweeps=tile.sweeps(hidden_channels),
         squeeze=tile.squeeze(squeeze_channels),
-        gate_steps=tile.gate_steps(hidden_channels),
-        bias_elements=tile.bias_elements(hidden_channels),
-        images=tile.images,
-        rows=tile.rows,
+        gates=tile.gates(hidden_channels),
         bands=tile.bands,
-        columns=tile.columns,
-        pad=tile.pad,
-        buffer_pixels=tile.buffer_pixels,
-        taps_start=tile.buffer_bytes(),
-        partition_bytes=tile.partition_bytes(),
-        arena_atoms=tile.arena_atoms(out_channels, squeeze_channels),
-        shares_atom=tile.shares_atom(out_channels, squeeze_channels),
-        workspace_elements=tile.workspace_elements(hidden_channels),
-        splits_columns=tile.splits_columns,
-        passes=tile.passes(out_channels),
-        step=tile.step(out_channels),
-        stages=tile.stages(out_channels, squeeze_channels),
+        columns=tile.columns(width),
+        tiles=tile.tiles(width),
+        piece=tile.piece,
+        step=tile.step,
+        stages=tile.stages,
+        passes=tile.passes(width, out_channels),
+        group=tile.group(width, out_channels),
+        resident=tile.is_resident(width, in_channels, hidden_channels, out_channels, squeeze_channels),
     )
 
 
 @gluon.constexpr_function
-def fragment_layout(count):
-    """[count, threads, 8]: 16 bytes of each thread."""
-    return gl.BlockedLayout([count, 1, 8], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+def tile_layout():
+    """[hidden of a sweep, tile]: eight registers of a thread.
+
+    So the sums of the expansion hold them: rows are hidden channels, columns pixels. After `movmatrix` the registers
+    hold pixels in lanes and pairs of hidden channels, whatever this layout says.
+    """
+    return gl.NVMMADistributedLayout([3, 0], [planned.WARPS, 1], [16, TILE_PIXELS, 16])
 
 
 @gluon.constexpr_function
-def pixels_layout(channels):
-    """[1 image, rows, columns, bands, channels] that TMA copies."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=2 * channels, element_bitwidth=16, rank=5)
-
-
-@gluon.constexpr_function
-def width_index(width):
-    """Index of the descriptor for slabs of this width, in the order of `SLAB_WIDTHS`."""
-    return (64 // width).bit_length() - 1
+def fragment_layout():
+    """[warps, 32, 8]: 16 bytes of each thread."""
+    return gl.BlockedLayout([1, 1, 8], [1, 32, 1], [planned.WARPS, 1, 1], [2, 1, 0])
 
 
 @gluon.jit
-def new_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """[COUNT, 1], each for so many arrivals."""
+def fragment_offsets(WARP_STRIDE: gl.constexpr, LANES_APART: gl.constexpr):
+    """[warps, 32, 8]: 8 elements of each lane, the same ones for lanes that are `LANES_APART` from each other."""
+    LAYOUT: gl.constexpr = fragment_layout()
+    w = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    t = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    e = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    return w[:, None, None] * WARP_STRIDE + (t % LANES_APART)[None, :, None] * 8 + e[None, None, :]
+
+
+@gluon.jit
+def as_tile(fragments):
+    """[warps, 32, 8] -> [hidden, tile], in the registers' order."""
+    t = fragments.reshape((WARPS, 8, 4, 2, 2, 2)).permute((0, 4, 1, 3, 2, 5)).reshape((HIDDEN, TILE))
+    return gl.convert_layout(t, tile_layout(), assert_trivial=True)
+
+
+@gluon.jit
+def as_fragments(t):
+    """[hidden, tile] -> [warps, 32, 8], in the registers' order."""
+    fragments = t.reshape((WARPS, 2, 8, 2, 4, 2)).permute((0, 2, 4, 3, 1, 5)).reshape((WARPS, 32, 8))
+    return gl.convert_layout(fragments, fragment_layout(), assert_trivial=True)
+
+
+@gluon.constexpr_function
+def copy_layout(slab):
+    """[pixels, slab] copied 16 bytes a thread."""
+    lanes = slab // 8
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [planned.WARPS, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def vector_layout():
+    """[threads]"""
+    return gl.BlockedLayout([1], [32], [planned.WARPS], [0])
+
+
+@gluon.jit
+def new_barriers(COUNT: gl.constexpr):
+    """[COUNT, 1], each for one arrival."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
+        mbarrier.init(barriers.index(i), count=1)
     return barriers
-
-
-@gluon.jit
-def fragment_offsets(COUNT: gl.constexpr, STRIDE: gl.constexpr):
-    """[COUNT, threads, 8]: each 16 columns are `STRIDE` elements after those before, 16 bytes of each thread."""
-    LAYOUT: gl.constexpr = fragment_layout(COUNT)
-    k = gl.arange(0, COUNT, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
-    t = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
-    e = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    return k[:, None, None] * STRIDE + t[None, :, None] * 8 + e[None, None, :]
-
-
-@gluon.jit
-def store_fragments(pointer, y):
-    """[64, 16] as threads hold it."""
-    y = y.reshape((4, 2, 8, 2, 4, 2))  # warp, row + 8, row, k + 8, pair, element
-    y = y.permute((0, 2, 4, 3, 1, 5)).reshape((1, 128, 8))
-    y = gl.convert_layout(y, fragment_layout(1), assert_trivial=True)
-    gl.store(pointer + fragment_offsets(1, 0), y)
-
-
-@gluon.jit
-def read_fragments(pointer, COUNT: gl.constexpr, STRIDE: gl.constexpr):
-    """[64, 16 count], as left operand: each 16 columns are `STRIDE` elements after those before."""
-    y = gl.load(pointer + fragment_offsets(COUNT, STRIDE))
-    y = y.reshape((COUNT, 4, 8, 4, 2, 2, 2))  # k16, warp, row, pair, k + 8, row + 8, element
-    return y.permute((1, 5, 2, 0, 4, 3, 6)).reshape((64, 16 * COUNT))

@@ -47,7 +47,7 @@ def test_a_tile_knows_its_family_and_a_name_finds_it():
     assert family_of(ConvFirstTile(8, 16, 32, 32, 4)) is PORTABLE is family_named("convfirst")
     assert family_of(FfnTile(2, 64, 2, 4, 4, 1)) is FFN is family_named("ffn_hopper")
     assert family_of(MBConvTile(1, 4, 8, 32, 16, 16, 2, 2, 32, 16, 64, 2, 2)) is MBCONV is family_named("mbconv")
-    assert family_of(MBConvHopperTile(1, 2, 8, 16)) is MBCONV_HOPPER is family_named("mbconv_hopper")
+    assert family_of(MBConvHopperTile(1, 4, 32, 6)) is MBCONV_HOPPER is family_named("mbconv_hopper")
     assert families_of(SHAPES[-1]) == (MBCONV_HOPPER, MBCONV), "in order of preference"
     with pytest.raises(ValueError, match="kernel 'fast' is unknown; use one of convfirst_hopper, convfirst, ffn"):
         family_named("fast")

@@ -162,7 +162,7 @@ def test_interpreted_kernels_cannot_be_compiled():
         with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1.*unset it before Triton is imported"):
             compile_kernel(shape_of(BLOCKS[0]), tile)
     with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1"):
-        compile_mbconv_hopper(match_mbconv(mbconv(1, 8, 8, 16, 4)), MBConvHopperTile(1, 1, 8, 8))
+        compile_mbconv_hopper(match_mbconv(mbconv(1, 8, 8, 16, 4)), MBConvHopperTile(1, 4, 32, 4))
 
 
 @pytest.mark.parametrize(
@@ -206,15 +206,22 @@ def test_resources_of_the_mbconv_kernels():
 
 @pytest.mark.parametrize(
     "block, tile",
-    [((128, 4, 16), MBConvHopperTile(1, 2, 8, 16)), ((144, 4, 8), MBConvHopperTile(1, 1, 8, 8))],
+    [
+        ((128, 4, 16), MBConvHopperTile(1, 4, 32, 4)),
+        ((144, 4, 8), MBConvHopperTile(2, 4, 64, 4)),
+        ((24, 3, 4), MBConvHopperTile(4, 1, 32, 2)),
+    ],
     ids=str,
 )
 def test_resources_of_the_mbconv_kernel_for_hopper(block, tile):
-    """Products are not serialised, next to nothing is spilled, and the planner knows the shared memory."""
+    """Products are not serialised, next to nothing is spilled, and the planner knows the shared memory.
+
+    Expansion and projection are products of warpgroups, the convolution is one of warps.
+    """
     options = ["--mbconv-hopper-tile", ",".join(map(str, tile.to_ints()))]
     (row,) = json.loads(run_main("--json", "--block", f"mbconv:{','.join(map(str, block))}", *options))
     assert (tuple(row["block"]), row["kernel"], row["tile"]) == (block, "mbconv_hopper", tile.to_ints())
-    assert row["hgmma"] > 0 and row["hmma"] == 0, row
+    assert row["hgmma"] > 0 and row["hmma"] > 0, row
     assert row["warpgroup"] < 2 * row["hgmma"], "two fences and waits for each would be products one by one"
     assert row["stack_bytes"] <= 64, row
     channels, alpha, size = block
@@ -233,9 +240,10 @@ def test_unsupported_blocks_are_refused():
     with pytest.raises(ValueError, match=r"does not run .*activation silu is not supported, use relu"):
         compile_convfirst_hopper(shape, HopperTile(64, 64, 2, 2, 1, 64, 0))
     for options, tile, message in (
-        ({"group_width": 16}, (1, 1, 8, 8), "kernel size 3 with group width 16 is not supported, use 3 and 8"),
-        ({}, (1, 3, 8, 8), "rows=3 is not one of 1, 2, 4"),
-        ({}, (1, 1, 16, 4), "do not cover images of 8x8 pixels evenly"),
+        ({"group_width": 16}, (1, 4, 32, 4), "kernel size 3 with group width 16 is not supported, use 3 and 8"),
+        ({}, (1, 3, 32, 4), "piece=3 is not one of 1, 2, 4"),
+        ({}, (4, 1, 32, 4), "4 bands of 4 rows and up to 16 columns do not cover images of 8x8 pixels"),
+        ({}, (2, 2, 32, 4), "4 columns of each of 2 bands cannot be computed 2 at a time"),
     ):
         with pytest.raises(ValueError, match=f"does not run .*{message}"):
             compile_mbconv_hopper(match_mbconv(mbconv(1, 8, 8, 16, 4, **options)), MBConvHopperTile(*tile))
@@ -254,8 +262,8 @@ def test_unsupported_blocks_are_refused():
         (["--block", "64,6,64", "--ffn-tile", "8"], "'8' does not have the fields of FfnTile, 6"),
         (["--block", "64,6,64", "--mbconv-tile", "8"], "'8' does not have the fields of MBConvTile, 13"),
         (
-            ["--block", "mbconv:64,4,8", "--mbconv-hopper-tile", "1,1,8"],
-            "'1,1,8' does not have the fields of MBConvHopperTile, 4",
+            ["--block", "mbconv:64,4,8", "--mbconv-hopper-tile", "1,4,32"],
+            "'1,4,32' does not have the fields of MBConvHopperTile, 4",
         ),
         (["--block", "resnet:64,6,64"], "a block is CHANNELS,EXPANSION,SIZE, after convfirst: or mbconv: if you like"),
         (
@@ -267,11 +275,11 @@ def test_unsupported_blocks_are_refused():
             "FfnTile is for compute capability 9.0 only, leave --capability out",
         ),
         (
-            ["--block", "mbconv:64,4,8", "--mbconv-hopper-tile", "1,1,8,8", "--capability", "9.0", "10.0"],
+            ["--block", "mbconv:64,4,8", "--mbconv-hopper-tile", "1,4,32,4", "--capability", "9.0", "10.0"],
             "MBConvHopperTile is for compute capability 9.0 only, leave --capability out",
         ),
         (
-            ["--block", "mbconv:64,4,8", "--mbconv-hopper-tile", "1,1,8,8", "--mbconv-tile", "8"],
+            ["--block", "mbconv:64,4,8", "--mbconv-hopper-tile", "1,4,32,4", "--mbconv-tile", "8"],
             "argument --mbconv-tile: ",
         ),
     ],

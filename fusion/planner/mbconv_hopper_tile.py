@@ -34,6 +34,7 @@ BANDS = (1, 2, 4, 8)
 PIECES = (1, 2, MAX_TILES_AT_ONCE)
 STEPS = (32, 64)
 MAX_STAGES = 8
+FEW_STAGES = 4
 BIAS_CHANNELS = 16
 """Channels of the constant one that follow the input's: the depth of a product. Two are in use."""
 TAPS = 5
@@ -54,13 +55,20 @@ COMPILER_BYTES = 512
 MAX_IMAGES = 2**20
 
 # Fitted to measurements on an H200 at batch 128 (tests/planner/test_mbconv_hopper_tile.py).
-LAUNCH_US = 4.0
-TILE_US = 0.33
+LAUNCH_US = 6.0
+TILE_US = 0.16
 """Of a sweep and a tile."""
-BYTES_PER_US = 60e3
+DEPTH_US = 0.024
+"""Of a sweep, a tile and a product of depth 16 of the expansion."""
+BYTES_PER_US = 79e3
 """That a processor moves from and to L2."""
-PIECE_US = 0.1
-"""Of a sweep and the tiles that are expanded at once."""
+# Preferences rather than predictions: differences that were seen, or that follow from the design.
+PIECE_US = 0.02
+"""Of a sweep and what is expanded together: the fewer pieces, the fewer waits."""
+NARROW_STEP_US = 0.1
+"""Of a step of the projection that the warps divide by output channels, too: its products are short."""
+STAGE_US = 0.01
+"""Of a stage that there is no room for."""
 
 
 @dataclass(frozen=True)
@@ -325,19 +333,24 @@ def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processo
     elements = 16 * tile.depths(shape.in_channels) + TAPS_ELEMENTS // SWEEP + 2 * tile.squeeze(shape.squeeze_channels)
     elements += passes * sum(tile.out_slabs(shape.out_channels)) + streamed
     l2_us = ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP * elements / BYTES_PER_US
-    pieces = columns / tile.piece
+    tile_us = TILE_US + DEPTH_US * tile.depths(shape.in_channels)
+    preferences = sweeps * columns / tile.piece * PIECE_US + (MAX_STAGES - tile.stages) * STAGE_US
+    if tile.pixels(shape.width) < TILE_PIXELS * WARPS:
+        preferences += sweeps * SWEEP / tile.step * NARROW_STEP_US
+    else:
+        preferences += tile.step / max(STEPS) * STAGE_US
     rounds = ceil(shape.batch / processor.processors)
-    # Fewer stages and longer steps hide less.
-    waits = 0.02 * (MAX_STAGES - tile.stages) + 0.01 * tile.step / min(STEPS)
-    return LAUNCH_US + rounds * (sweeps * (columns * TILE_US + pieces * PIECE_US) + l2_us + waits)
+    return LAUNCH_US + rounds * (sweeps * columns * tile_us + l2_us + preferences)
 
 
 def candidate_tiles(shape: MBConvShape, processor: Processor) -> Iterator[MBConvHopperTile]:
-    """Every valid tile worth a measurement: the most stages that have room, with and without all hidden channels."""
+    """Every valid tile worth a measurement: the most stages that have room, with and without all hidden channels, and
+    fewer, which leave more of the L1 cache."""
     for tiles in _candidates(shape):
         valid = [tile for tile in tiles if why_invalid(tile, shape, processor) is None]
         resident = [tile for tile in valid if tile.is_resident(*_sizes(shape))]
-        yield from dict.fromkeys(valid[:1] + resident[:1])
+        fewer = [tile for tile in valid if tile.stages == FEW_STAGES]
+        yield from dict.fromkeys(valid[:1] + resident[:1] + fewer)
 
 
 def _sizes(shape: MBConvShape) -> tuple[int, int, int, int, int]:

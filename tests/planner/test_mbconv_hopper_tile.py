@@ -8,6 +8,7 @@ from fusion.planner.blocks import mbconv
 from fusion.planner.families import MBCONV, MBCONV_HOPPER
 from fusion.planner.match import match_mbconv
 from fusion.planner.mbconv_hopper_tile import (
+    FEW_STAGES,
     COMPILER_BYTES,
     LANES,
     LOCAL_MEMORY_BYTES,
@@ -101,17 +102,21 @@ def test_candidates_are_valid_or_there_is_a_reason(size):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_candidates_have_the_most_stages(size):
+def test_candidates_have_the_most_stages_or_few(size):
     """Another stage would not fit, or take the room of hidden channels, which then do not stay in shared memory."""
     for block in shapes(size):
         tiles = list(candidate_tiles(block, H200))
-        for tile in tiles:
+        most = [tile for tile in tiles if tile.stages != FEW_STAGES]
+        for tile in most:
             if tile.stages < MAX_STAGES:
                 more = replace(tile, stages=tile.stages + 1)
                 fits = why_invalid(more, block, H200) is None
                 assert not fits or (is_resident(tile, block) and not is_resident(more, block))
-        designs = [(tile.bands, tile.piece, tile.step, is_resident(tile, block)) for tile in tiles]
+        designs = [(tile.bands, tile.piece, tile.step, is_resident(tile, block)) for tile in most]
         assert len(set(designs)) == len(designs)
+        for tile in most:
+            few = replace(tile, stages=FEW_STAGES)
+            assert (few in tiles) == (why_invalid(few, block, H200) is None)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -200,13 +205,14 @@ def test_how_many_steps_follow_each_other():
                 assert SWEEP // step % replace(tile, step=step).group(width, out) == 0
 
 
-@pytest.mark.parametrize("channels, stages", [(128, 8), (144, 8), (192, 8), (256, 3)], ids=str)
-def test_hidden_channels_of_small_images_stay_in_shared_memory(channels, stages):
-    """As long as stages of weights leave them room."""
+@pytest.mark.parametrize("channels, stages, step", [(128, 8, 64), (144, 8, 64), (192, 8, 64), (256, 3, 32)], ids=str)
+def test_hidden_channels_of_small_images_stay_in_shared_memory(channels, stages, step):
+    """As long as stages of weights leave them room; the planner prefers long steps, whose products are short here."""
     block = shape(channels, (8, 8))
     for count in range(2, MAX_STAGES + 1):
         assert is_resident(replace(SMALL, stages=count), block) == (count <= stages)
-    assert plan_block(mbconv(128, 8, 8, channels, 4), "h200").tile == replace(SMALL, stages=stages)
+    plan = plan_block(mbconv(128, 8, 8, channels, 4), "h200")
+    assert is_resident(plan.tile, block) and plan.tile.step == step
 
 
 def test_hidden_channels_of_larger_images_do_not_stay():
@@ -400,16 +406,12 @@ def test_the_portable_kernels_can_be_asked_for():
     assert len(plan.program.kernels) == 2
 
 
-MEASURED = [
-    row
-    for row in json.loads((Path(__file__).parents[2] / "bench/results/h200/mbconv.json").read_text())["rows"]
-    if row["plan"].startswith("MBConvHopperTile(bands=")  # older results have tiles of another kernel
-]
+MEASURED = json.loads((Path(__file__).parents[2] / "bench/results/h200/mbconv.json").read_text())
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['channels']},{row['hw']}")
+@pytest.mark.parametrize("row", MEASURED["rows"], ids=lambda row: f"{row['channels']},{row['hw']}")
 def test_predictions_of_the_measured_blocks(row):
-    """The model was fitted to an earlier run of the same blocks: it tells big from small, and no more is claimed."""
-    plan = plan_block(mbconv(row["batch"], row["hw"], row["hw"], row["channels"], row["alpha"]), "h200")
-    assert plan.family is MBCONV_HOPPER
-    assert abs(plan.predicted_us / row["fused_us"] - 1) < 0.25
+    """The model was fitted to these blocks, each in a launch of its own: it tells big from small, and no more."""
+    graph = mbconv(row["batch"], row["hw"], row["hw"], row["channels"], row["alpha"])
+    plan = plan_block(graph, "h200", eval(row["plan"]))
+    assert abs(plan.predicted_us / row["apart_us"] - 1) < 0.2

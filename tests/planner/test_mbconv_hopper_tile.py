@@ -8,8 +8,8 @@ from fusion.planner.blocks import mbconv
 from fusion.planner.families import MBCONV, MBCONV_HOPPER
 from fusion.planner.match import match_mbconv
 from fusion.planner.mbconv_hopper_tile import (
-    FEW_STAGES,
     COMPILER_BYTES,
+    FEW_STAGES,
     LANES,
     LOCAL_MEMORY_BYTES,
     MAX_IMAGES,

@@ -26,10 +26,9 @@ class KernelFamily:
     `name` is that of its module in `fusion.triton_kernels`, `title` is for people. It runs blocks whose shape is a
     `shape_type`, except those that `why_unsupported` names a reason for. `why_none` says why the kernel cannot run a
     block on a processor with any tile, if there are no `candidate_tiles`; `why_invalid` judges one tile. Sizes are
-    those of one program, times are in microseconds. `pixel_tile` is the height and width of what a program computes
-    together, None if that is not a rectangle. Tiles of the same `design` differ in little: a search tries one of each
-    first. `lower` makes the program that the kernel runs, of a graph, a pixel tile and hidden channels. If not
-    `is_repeatable`, sums are formed in any order, and two runs may differ by rounding errors.
+    those of one program, times are in microseconds. Tiles of the same `design` differ in little: a search tries one of
+    each first. `lower` makes the program that the kernel runs with a tile. If not `is_repeatable`, sums are formed in
+    any order, and two runs may differ by rounding errors.
     """
 
     name: str
@@ -44,9 +43,8 @@ class KernelFamily:
     local_memory_bytes: Callable[[Tile, BlockShape, Processor], int]
     estimated_registers: Callable[[Tile, BlockShape], float]
     programs_per_processor: Callable[[Tile, BlockShape, Processor], int]
-    pixel_tile: Callable[[Tile, BlockShape], tuple[int, int] | None]
     design: Callable[[Tile], tuple[int, ...]]
-    lower: Callable[[BlockGraph, tuple[int, int] | None, int | None], Program] = block_fused
+    lower: Callable[[BlockGraph, Tile, BlockShape], Program]
     is_repeatable: bool = True
 
     def ranked_tiles(self, shape: BlockShape, processor: Processor) -> list[Tile]:
@@ -68,7 +66,9 @@ HOPPER = KernelFamily(
     local_memory_bytes=hopper_tile.local_memory_bytes,
     estimated_registers=hopper_tile.estimated_registers,
     programs_per_processor=hopper_tile.programs_per_processor,
-    pixel_tile=lambda tile, shape: (hopper_tile.JOB_ROWS, tile.tile_width(shape.width)),
+    lower=lambda graph, tile, shape: block_fused(
+        graph, (hopper_tile.JOB_ROWS, tile.tile_width(shape.width)), tile.hidden
+    ),
     design=lambda tile: (tile.pixels, tile.hidden, tile.partitions, tile.weight_chunks > 0),
 )
 
@@ -85,7 +85,7 @@ PORTABLE = KernelFamily(
     local_memory_bytes=portable_tile.local_memory_bytes,
     estimated_registers=portable_tile.estimated_registers,
     programs_per_processor=portable_tile.programs_per_processor,
-    pixel_tile=lambda tile, shape: (tile.height, tile.width),
+    lower=lambda graph, tile, shape: block_fused(graph, (tile.height, tile.width), tile.hidden),
     design=lambda tile: (tile.pixels, tile.hidden, tile.conv_slab, tile.warps),
 )
 
@@ -102,7 +102,7 @@ FFN = KernelFamily(
     local_memory_bytes=ffn_tile.local_memory_bytes,
     estimated_registers=ffn_tile.estimated_registers,
     programs_per_processor=ffn_tile.programs_per_processor,
-    pixel_tile=lambda tile, shape: None,
+    lower=lambda graph, tile, shape: block_fused(graph, None, tile.hidden),
     design=lambda tile: (tile.blocks, tile.hidden, tile.x_in_registers),
 )
 
@@ -119,9 +119,8 @@ MBCONV = KernelFamily(
     local_memory_bytes=mbconv_tile.local_memory_bytes,
     estimated_registers=mbconv_tile.estimated_registers,
     programs_per_processor=mbconv_tile.programs_per_processor,
-    pixel_tile=lambda tile, shape: (tile.height, tile.width),
     design=mbconv_tile.design,
-    lower=two_pass,
+    lower=lambda graph, tile, shape: two_pass(graph, (tile.height, tile.width), tile.hidden),
     is_repeatable=False,
 )
 
@@ -138,9 +137,8 @@ MBCONV_HOPPER = KernelFamily(
     local_memory_bytes=mbconv_hopper_tile.local_memory_bytes,
     estimated_registers=mbconv_hopper_tile.estimated_registers,
     programs_per_processor=mbconv_hopper_tile.programs_per_processor,
-    pixel_tile=lambda tile, shape: None,
     design=lambda tile: (tile.bands, tile.piece),
-    lower=image_fused,
+    lower=lambda graph, tile, shape: image_fused(graph, tile.hidden, mbconv_hopper_tile.is_resident(tile, shape)),
 )
 
 FAMILIES = (HOPPER, PORTABLE, FFN, MBCONV_HOPPER, MBCONV)

@@ -86,27 +86,19 @@ def two_pass(graph: BlockGraph, pixel_tile: tuple[int, int] | None = None, hidde
     return Program("two-pass", graph, kernels)
 
 
-def image_fused(
-    graph: BlockGraph, pixel_tile: tuple[int, int] | None = None, hidden_tile: int | None = None
-) -> Program:
+def image_fused(graph: BlockGraph, hidden_tile: int | None = None, in_local_memory: bool = False) -> Program:
     """The block as one kernel whose processors divide the images, each with all hidden channels of its own.
 
     So what is summed over all hidden channels, like a squeeze vector, stays in local memory. A processor walks over the
-    hidden channels, ``hidden_tile`` at a time, and leaves them in global memory, from where it takes them again when
-    that sum is complete. Only the block's inputs, weights and outputs are in DRAM. How many images a processor has
-    stays open.
+    hidden channels, ``hidden_tile`` at a time, and leaves them in global memory, or ``in_local_memory``, from where it
+    takes them again when that sum is complete. Only the block's inputs, weights and outputs are in DRAM. How many
+    images a processor has stays open.
 
-    Raises ValueError for a ``pixel_tile``, and for a block that sums nothing over its hidden channels before the last
-    product.
+    Raises ValueError for a block that sums nothing over its hidden channels before the last product.
     """
-    if pixel_tile is not None:
-        raise ValueError(
-            f"{graph.name!r} was given pixel_tile={pixel_tile}, but its processors take whole images; give hidden_tile "
-            "only"
-        )
     _, _, y = _phases(graph, hidden_tile)
     hidden = _hidden_ops(graph)
-    placement = {**_placement(graph, graph.ops), y: Memory.GLOBAL}
+    placement = {**_placement(graph, graph.ops), y: Memory.LOCAL if in_local_memory else Memory.GLOBAL}
     walk = Loop(
         hidden[0].output.name, (("C", hidden_tile),), tuple(weight.name for op in hidden for weight in op.weights)
     )

@@ -299,8 +299,7 @@ def why_none(shape: MBConvShape, processor: Processor) -> str | None:
 
 def local_memory_bytes(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor) -> int:
     """Shared memory of a program, in bytes. The compiler may need some bytes less."""
-    sizes = _sizes(shape)
-    return tile.memory_bytes(*sizes, resident=tile.is_resident(*sizes))
+    return tile.memory_bytes(*_sizes(shape), resident=is_resident(tile, shape))
 
 
 def estimated_registers(tile: MBConvHopperTile, shape: MBConvShape) -> float:
@@ -328,7 +327,7 @@ def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processo
     """
     sweeps, columns = tile.sweeps(shape.hidden_channels), tile.columns(shape.width)
     passes = tile.passes(shape.width, shape.out_channels)
-    streamed = 0 if tile.is_resident(*_sizes(shape)) else 2 * tile.pixels(shape.width)
+    streamed = 0 if is_resident(tile, shape) else 2 * tile.pixels(shape.width)
     # Of a hidden channel: rows of all matrices, and its pixels, which are written and read.
     elements = 16 * tile.depths(shape.in_channels) + TAPS_ELEMENTS // SWEEP + 2 * tile.squeeze(shape.squeeze_channels)
     elements += passes * sum(tile.out_slabs(shape.out_channels)) + streamed
@@ -348,9 +347,14 @@ def candidate_tiles(shape: MBConvShape, processor: Processor) -> Iterator[MBConv
     fewer, which leave more of the L1 cache."""
     for tiles in _candidates(shape):
         valid = [tile for tile in tiles if why_invalid(tile, shape, processor) is None]
-        resident = [tile for tile in valid if tile.is_resident(*_sizes(shape))]
+        resident = [tile for tile in valid if is_resident(tile, shape)]
         fewer = [tile for tile in valid if tile.stages == FEW_STAGES]
         yield from dict.fromkeys(valid[:1] + resident[:1] + fewer)
+
+
+def is_resident(tile: MBConvHopperTile, shape: MBConvShape) -> bool:
+    """Whether all hidden channels of an image stay in shared memory."""
+    return tile.is_resident(*_sizes(shape))
 
 
 def _sizes(shape: MBConvShape) -> tuple[int, int, int, int, int]:

@@ -167,7 +167,7 @@ def plan_block(
             Rejection(other.title, f"{_prediction(best, shape, processor)} at best") for other, (best, *_) in others
         ]
     family = family_of(tile)
-    program = family.lower(graph, family.pixel_tile(tile, shape), tile.hidden)
+    program = family.lower(graph, tile, shape)
     return Plan(program, shape, tile, processor, why, tuple(rejected))
 
 

@@ -111,8 +111,8 @@ def test_whole_images_leave_their_hidden_channels_in_global_memory():
     assert (walk.tensor, walk.dims) == ("expand.out", (("C", 64),))
     assert set(walk.streams) == {tensor.name for tensor in graph.weights()}
     assert (program.ops_count, program.bytes) == (graph.ops_count, block_fused(graph).bytes)
-    with pytest.raises(ValueError, match=r"was given pixel_tile=\(8, 8\), but its processors take whole images"):
-        image_fused(graph, pixel_tile=(8, 8))
+    small, _ = local_and_global(image_fused(graph, hidden_tile=64, in_local_memory=True))
+    assert small == local | shared
 
 
 def test_blocks_that_have_no_two_passes():

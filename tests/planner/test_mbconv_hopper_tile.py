@@ -18,6 +18,7 @@ from fusion.planner.mbconv_hopper_tile import (
     SWEEP,
     MBConvHopperTile,
     candidate_tiles,
+    is_resident,
     local_memory_bytes,
     programs_per_processor,
     why_invalid,
@@ -70,11 +71,6 @@ def shapes(size, batch=3):
         shape(c, size, batch, None, hidden_channels=hidden, out_channels=k, squeeze_channels=squeeze)
         for c, hidden, k, squeeze in CHANNELS
     ]
-
-
-def is_resident(tile, block):
-    sizes = block.in_channels, block.hidden_channels, block.out_channels, block.squeeze_channels
-    return tile.is_resident(block.width, *sizes)
 
 
 def test_the_fields_must_be_positive_integers_and_travel_as_integers():

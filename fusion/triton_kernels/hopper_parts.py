@@ -129,17 +129,22 @@ def bias_slab(out_bias, FIRST: gl.constexpr, SLAB: gl.constexpr):
 
 
 @gluon.jit
+def run_in_every_thread(TEXT: gl.constexpr):
+    """PTX, the last instruction of which copies $1 to $0."""
+    thread = gl.arange(0, 32 * gl.num_warps(), gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    gl.inline_asm_elementwise(TEXT, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def wait_for_previous_kernel():
     """Wait until the kernel ahead in the stream has finished, and let the one behind start."""
-    thread = gl.arange(0, 32 * gl.num_warps(), thread_layout())
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;",
-        "=r,r",
-        [thread],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    run_in_every_thread("griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;")
+
+
+@gluon.jit
+def fence_async_global():
+    """What this thread has written to global memory is there for TMA, once all threads have met."""
+    run_in_every_thread("fence.proxy.async.global; mov.b32 $0, $1;")
 
 
 @cache

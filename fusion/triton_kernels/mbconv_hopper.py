@@ -28,7 +28,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusion.planner.mbconv_hopper_tile import BIAS_CHANNELS, WARPS, MBConvHopperTile
 from fusion.triton_kernels.hopper_layouts import flat_layout, plain_layout, rows_layout
-from fusion.triton_kernels.hopper_parts import fixed, processor_count, slab_start, zeros
+from fusion.triton_kernels.hopper_parts import (
+    fence_async_global,
+    fixed,
+    processor_count,
+    slab_start,
+    wait_for_previous_kernel,
+    zeros,
+)
 from fusion.triton_kernels.mbconv_hopper_gates import excite
 from fusion.triton_kernels.mbconv_hopper_produce import produce
 from fusion.triton_kernels.mbconv_hopper_project import load_hidden, load_weights, project
@@ -42,38 +49,11 @@ from fusion.triton_kernels.mbconv_hopper_spec import (
     copy_layout,
     new_barriers,
     tile_layout,
-    vector_layout,
 )
 
 BIAS = gl.constexpr(BIAS_CHANNELS)
 ALL_ONES = -1
 """A word that the compiler does not know."""
-
-
-@gluon.jit
-def wait_for_previous_kernel():
-    """Wait until the kernel ahead in the stream has finished, and let the one behind start."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;",
-        "=r,r",
-        [gl.arange(0, 32 * gl.num_warps(), vector_layout())],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def fence_async_global():
-    """What this thread has written to global memory is there for TMA, once all threads have met."""
-    gl.inline_asm_elementwise(
-        "fence.proxy.async.global; mov.b32 $0, $1;",
-        "=r,r",
-        [gl.arange(0, 32 * gl.num_warps(), vector_layout())],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -191,13 +171,13 @@ def mbconv_hopper_kernel(
     hidden = new_hidden(dtype, S)
     gates = gl.allocate_shared_memory(dtype, [S.gates // S.step, S.step], plain_layout(1))
     vector = gl.allocate_shared_memory(gl.float32, [S.squeeze], plain_layout(1))
-    v_full = new_barriers(fixed(S.stages))
-    hidden_full = new_barriers(fixed(S.stages))
+    weight_ring = (vs, new_barriers(fixed(S.stages)), v_descs)
+    hidden_ring = (hidden, new_barriers(fixed(S.stages)), hidden_desc)
     xs_and_ones = xs + (new_bias_input(dtype, S),)
     fence_async_shared()
     gl.thread_barrier()
     for turn in gl.static_range(fixed(S.stages)):
-        load_weights(v_descs, vs, v_full, turn, blocks, S)
+        load_weights(weight_ring, turn, blocks, S)
     wait_for_previous_kernel()
     load_input(x_ptr, xs, image, S)
     fence_async_shared()
@@ -206,23 +186,18 @@ def mbconv_hopper_kernel(
     ws = workspace_ptr + image.to(gl.int64) * (S.hidden * S.pixels)
     first_row = image * (S.hidden * S.pixels // 64)
     for block in range(0, blocks):
-        squeezed = produce(
-            ones,
-            xs_and_ones,
+        weights = (
             expand_ptr + block * (S.sweeps * S.expand_elements // 2),
             taps_ptr + block * (S.sweeps * S.taps_elements),
             conv_bias_ptr + block * (2 * S.hidden),
             squeeze_ptr + block * (S.hidden * S.squeeze),
-            ws,
-            hidden,
-            dtype,
-            S,
         )
+        squeezed = produce(ones, xs_and_ones, weights, (ws, hidden), dtype, S)
         if not S.resident:
             fence_async_global()
             gl.thread_barrier()
             for index in gl.static_range(fixed(S.stages)):
-                load_hidden(hidden_desc, hidden, hidden_full, first_row, block * S.turns + index, index, S)
+                load_hidden(hidden_ring, first_row, block * S.turns + index, index, S)
         excite(
             squeezed,
             vector,
@@ -237,12 +212,8 @@ def mbconv_hopper_kernel(
             blocks,
             first_row,
             gates,
-            hidden,
-            hidden_full,
-            hidden_desc,
-            vs,
-            v_full,
-            v_descs,
+            hidden_ring,
+            weight_ring,
             project_bias_ptr + block * OUT,
             outs,
             S,

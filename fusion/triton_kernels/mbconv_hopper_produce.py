@@ -119,8 +119,9 @@ def tile_sums(sums, K: gl.constexpr):
 
 
 @gluon.jit
-def store_hidden(y, ws, hidden, sweep, column, S: gl.constexpr):
+def store_hidden(y, target, sweep, column, S: gl.constexpr):
     """[hidden, tile] as the projection's left operand, to shared memory or to the workspace."""
+    ws, hidden = target
     y = as_fragments(y)
     if S.resident:
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
@@ -132,15 +133,15 @@ def store_hidden(y, ws, hidden, sweep, column, S: gl.constexpr):
 
 
 @gluon.jit
-def advance(window, right, column, ones, taps, bias, pool, ws, hidden, sweep, S: gl.constexpr):
+def advance(window, right, column, ones, taps, bias, pool, target, sweep, S: gl.constexpr):
     """Convolve the tile in the middle of a window whose last one is `right`, and move the window."""
     y, pool = convolve(window[0], window[1], right, taps, bias, pool, pixel_mask(column, ones, S), S)
-    store_hidden(y, ws, hidden, sweep, column, S)
+    store_hidden(y, target, sweep, column, S)
     return (window[1], right), pool
 
 
 @gluon.jit
-def sweep_at_once(sums, ones, taps, bias, pool, ws, hidden, sweep, dtype: gl.constexpr, S: gl.constexpr):
+def sweep_at_once(sums, ones, taps, bias, pool, target, sweep, dtype: gl.constexpr, S: gl.constexpr):
     """All tiles of a sweep, [hidden, pixels] of which are `sums`."""
     tiles = ()
     for k in gl.static_range(fixed(S.columns)):
@@ -148,31 +149,17 @@ def sweep_at_once(sums, ones, taps, bias, pool, ws, hidden, sweep, dtype: gl.con
     window = (beside(tiles[S.columns - 1], "up", S), tiles[0])
     tiles = tiles + (beside(tiles[0], "down", S),)
     for k in gl.static_range(fixed(S.columns)):
-        window, pool = advance(window, tiles[k + 1], k, ones, taps, bias, pool, ws, hidden, sweep, S)
+        window, pool = advance(window, tiles[k + 1], k, ones, taps, bias, pool, target, sweep, S)
     return pool
 
 
 @gluon.jit
-def produce_sweep(
-    sweep,
-    left,
-    sums,
-    squeezed,
-    ones,
-    xs,
-    expand_ptr,
-    taps_ptr,
-    bias_ptr,
-    squeeze_ptr,
-    ws,
-    hidden,
-    dtype: gl.constexpr,
-    S: gl.constexpr,
-):
+def produce_sweep(sweep, left, sums, squeezed, ones, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
     """128 hidden channels of the image, pooled and squeezed. `sums` are those of the first piece, `left` is U.
 
     Returns the same of the next sweep, whose products run while this one's pool is summed.
     """
+    expand_ptr, taps_ptr, bias_ptr, squeeze_ptr = weights
     taps = ()
     for i in gl.static_range(fixed(S.taps)):
         pointer = taps_ptr + sweep * S.taps_elements + i * (UNIT * WARPS)
@@ -184,8 +171,8 @@ def produce_sweep(
     pool = zeros(HIDDEN, TILE, gl.float32, tile_layout())
     if S.at_once:
         left = load_left(expand_ptr, sweep + 1, dtype, S)
-        weights = gl.load(squeeze)
-        pool = sweep_at_once(sums, ones, taps, bias, pool, ws, hidden, sweep, dtype, S)
+        squeeze_weights = gl.load(squeeze)
+        pool = sweep_at_once(sums, ones, taps, bias, pool, target, sweep, dtype, S)
     else:
         PIECES: gl.constexpr = S.columns // S.piece
         operands = left_operands(left, taps[0], S)
@@ -200,23 +187,23 @@ def produce_sweep(
                         if piece > 0:
                             mask = pixel_mask(column - 1, ones, S)
                             y, pool = convolve(window[0], window[1], right, taps, bias, pool, mask, S)
-                            store_hidden(y, ws, hidden, sweep, column - 1, S)
+                            store_hidden(y, target, sweep, column - 1, S)
                     window = (window[1], right)
                 else:
-                    window, pool = advance(window, right, column - 1, ones, taps, bias, pool, ws, hidden, sweep, S)
+                    window, pool = advance(window, right, column - 1, ones, taps, bias, pool, target, sweep, S)
             sums = finish_expand(start_expand(operands, xs, piece + 1, S))
         left = load_left(expand_ptr, sweep + 1, dtype, S)
-        weights = gl.load(squeeze)
+        squeeze_weights = gl.load(squeeze)
         for k in gl.static_range(fixed(S.piece)):
             column = S.columns - S.piece + k
             right = activate(tile_sums(sums, k), ones, pixel_mask(column, ones, S), dtype, S)
-            window, pool = advance(window, right, column - 1, ones, taps, bias, pool, ws, hidden, sweep, S)
-        window, pool = advance(window, no_tile(), S.columns - 1, ones, taps, bias, pool, ws, hidden, sweep, S)
+            window, pool = advance(window, right, column - 1, ones, taps, bias, pool, target, sweep, S)
+        window, pool = advance(window, no_tile(), S.columns - 1, ones, taps, bias, pool, target, sweep, S)
     sums = start_expand(left_operands(left, taps[0], S), xs, 0, S)
     # Rows of pixels, lanes, groups, pairs of channels.
     mean = gl.sum(gl.sum(pool.reshape((WARPS, 2, 8, 2, 4, 2)), axis=2), axis=1) * (1.0 / (S.height * S.width))
     mean = gl.convert_layout(mean.reshape((HIDDEN,)), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
-    squeezed += shares(weights.to(gl.float32) * mean[:, None], S)
+    squeezed += shares(squeeze_weights.to(gl.float32) * mean[:, None], S)
     return left, finish_expand(sums), squeezed
 
 
@@ -233,27 +220,16 @@ def no_shares(S: gl.constexpr):
 
 
 @gluon.jit
-def produce(ones, xs, expand_ptr, taps_ptr, bias_ptr, squeeze_ptr, ws, hidden, dtype: gl.constexpr, S: gl.constexpr):
-    """Hidden channels of the image, and the squeeze vector's shares [warps, 4, squeeze]."""
+def produce(ones, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
+    """Hidden channels of the image, and the squeeze vector's shares [warps, 4, squeeze].
+
+    `weights` point to those of the block: expansion, taps, bias of the convolution, squeeze. `target` is the workspace
+    and the hidden channels in shared memory; one of them is in use.
+    """
     like = zeros(HIDDEN, TILE, dtype, tile_layout())
-    left = load_left(expand_ptr, 0, dtype, S)
+    left = load_left(weights[0], 0, dtype, S)
     sums = finish_expand(start_expand(left_operands(left, like, S), xs, 0, S))
     squeezed = no_shares(S)
     for sweep in range(0, S.sweeps):
-        left, sums, squeezed = produce_sweep(
-            sweep,
-            left,
-            sums,
-            squeezed,
-            ones,
-            xs,
-            expand_ptr,
-            taps_ptr,
-            bias_ptr,
-            squeeze_ptr,
-            ws,
-            hidden,
-            dtype,
-            S,
-        )
+        left, sums, squeezed = produce_sweep(sweep, left, sums, squeezed, ones, xs, weights, target, dtype, S)
     return squeezed

@@ -64,8 +64,9 @@ def box_index(width):
 
 
 @gluon.jit
-def load_weights(descs, vs, full, turn, blocks, S: gl.constexpr):
+def load_weights(ring, turn, blocks, S: gl.constexpr):
     """Start to load the projection's weights for a turn of all blocks, if there is one."""
+    vs, full, descs = ring
     used = turn < blocks * S.turns
     barrier = full.index(turn % S.stages)
     if S.passes == 1:
@@ -82,8 +83,9 @@ def load_weights(descs, vs, full, turn, blocks, S: gl.constexpr):
 
 
 @gluon.jit
-def load_hidden(desc, hidden, full, first_row, turn, index, S: gl.constexpr):
+def load_hidden(ring, first_row, turn, index, S: gl.constexpr):
     """Start to load hidden channels for turn `index` of a block, if there is one, which is `turn` of all blocks."""
+    hidden, full, desc = ring
     used = index < S.turns
     barrier = full.index(turn % S.stages)
     UNIT_ROWS: gl.constexpr = S.pixels // 4  # of 64 elements
@@ -149,7 +151,8 @@ def matrix_of(vs, stage, FIRST: gl.constexpr, COLUMNS: gl.constexpr, S: gl.const
 
 
 @gluon.jit
-def start_products(y, sums, vs, full, turn, S: gl.constexpr):
+def start_products(y, sums, weight_ring, turn, S: gl.constexpr):
+    vs, full, _ = weight_ring
     mbarrier.wait(full.index(turn % S.stages), turn // S.stages & 1)
     next_sums = ()
     for s in gl.static_range(len(S.products)):
@@ -167,8 +170,9 @@ def wait_products(sums, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def read_hidden(hidden, full, turn, sweep, STEP: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
+def read_hidden(ring, turn, sweep, STEP: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
     """[rows, step], left operand, of step `STEP` of a sweep."""
+    hidden, full, _ = ring
     if S.resident:
         return read_resident(hidden, sweep, STEP, PASS, S)
     else:
@@ -177,29 +181,16 @@ def read_hidden(hidden, full, turn, sweep, STEP: gl.constexpr, PASS: gl.constexp
 
 
 @gluon.jit
-def refill(index, first, blocks, first_row, hidden, hidden_full, hidden_desc, vs, v_full, v_descs, S: gl.constexpr):
+def refill(index, first, blocks, first_row, hidden_ring, weight_ring, S: gl.constexpr):
     """The stage of turn `index` of a block, whose products are done, takes a later turn; `first` is the block's."""
     gl.thread_barrier()
-    load_weights(v_descs, vs, v_full, first + index + S.stages, blocks, S)
+    load_weights(weight_ring, first + index + S.stages, blocks, S)
     if not S.resident:
-        load_hidden(hidden_desc, hidden, hidden_full, first_row, first + index + S.stages, index + S.stages, S)
+        load_hidden(hidden_ring, first_row, first + index + S.stages, index + S.stages, S)
 
 
 @gluon.jit
-def project_pass(
-    block,
-    blocks,
-    first_row,
-    gates,
-    hidden,
-    hidden_full,
-    hidden_desc,
-    vs,
-    v_full,
-    v_descs,
-    PASS: gl.constexpr,
-    S: gl.constexpr,
-):
+def project_pass(block, blocks, first_row, gates, hidden_ring, weight_ring, PASS: gl.constexpr, S: gl.constexpr):
     """Sums of the pixels of a pass, [rows, product] for each product."""
     PRODUCTS: gl.constexpr = len(S.products)
     sums = ()
@@ -211,14 +202,14 @@ def project_pass(
         for i in gl.static_range(PER_SWEEP):
             step = sweep * PER_SWEEP + i
             index = PASS * S.steps + step
-            y = gated(read_hidden(hidden, hidden_full, first + index, sweep, i, PASS, S), gates, step, S)
-            sums = start_products(y, sums, vs, v_full, first + index, S)
+            y = gated(read_hidden(hidden_ring, first + index, sweep, i, PASS, S), gates, step, S)
+            sums = start_products(y, sums, weight_ring, first + index, S)
             if i % S.group > 0:
                 sums = wait_products(sums, PRODUCTS)
-                refill(index - 1, first, blocks, first_row, hidden, hidden_full, hidden_desc, vs, v_full, v_descs, S)
+                refill(index - 1, first, blocks, first_row, hidden_ring, weight_ring, S)
             if i % S.group == S.group - 1:
                 sums = wait_products(sums, 0)
-                refill(index, first, blocks, first_row, hidden, hidden_full, hidden_desc, vs, v_full, v_descs, S)
+                refill(index, first, blocks, first_row, hidden_ring, weight_ring, S)
     return sums
 
 
@@ -247,25 +238,12 @@ def finish_slab(z, outs, bias_ptr, FIRST: gl.constexpr, COLUMNS: gl.constexpr, P
 
 
 @gluon.jit
-def project(
-    block,
-    blocks,
-    first_row,
-    gates,
-    hidden,
-    hidden_full,
-    hidden_desc,
-    vs,
-    v_full,
-    v_descs,
-    bias_ptr,
-    outs,
-    S: gl.constexpr,
-):
-    """The block's output into `outs`, which hold the input of a residual block."""
+def project(block, blocks, first_row, gates, hidden_ring, weight_ring, bias_ptr, outs, S: gl.constexpr):
+    """The block's output into `outs`, which hold the input of a residual block.
+
+    A ring is stages in shared memory, a barrier for each, and what brings their data.
+    """
     for turn in gl.static_range(fixed(S.passes)):
-        sums = project_pass(
-            block, blocks, first_row, gates, hidden, hidden_full, hidden_desc, vs, v_full, v_descs, turn, S
-        )
+        sums = project_pass(block, blocks, first_row, gates, hidden_ring, weight_ring, turn, S)
         for s in gl.static_range(len(S.products)):
             finish_slab(sums[s], outs, bias_ptr, slab_start(S.products, s), S.products[s], turn, S)

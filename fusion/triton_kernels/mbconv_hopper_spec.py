@@ -239,12 +239,6 @@ def copy_layout(slab):
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [planned.WARPS, 1], [1, 0])
 
 
-@gluon.constexpr_function
-def vector_layout():
-    """[threads]"""
-    return gl.BlockedLayout([1], [32], [planned.WARPS], [0])
-
-
 @gluon.jit
 def new_barriers(COUNT: gl.constexpr):
     """[COUNT, 1], each for one arrival."""

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from fusion.mbconv_weights import MBConvWeights
-from fusion.planner.mbconv_hopper_tile import BIAS_CHANNELS, GROUP_WIDTH, TAPS, WARPS, MBConvHopperTile
+from fusion.planner.mbconv_hopper_tile import (
+    BIAS_CHANNELS,
+    DEPTH_ELEMENTS,
+    GROUP_WIDTH,
+    TAPS,
+    WARPS,
+    MBConvHopperTile,
+)
 from fusion.planner.slabs import WIDEST
 from fusion.weights import padded, swizzled
 
@@ -104,7 +111,7 @@ def packed_sizes(
     gates, squeeze = tile.gates(hidden_channels), tile.squeeze(squeeze_channels)
     outs = sum(tile.out_slabs(out_channels))
     return {
-        "expand": [blocks, sweeps, tile.depths(in_channels) * WARPS * 256],
+        "expand": [blocks, sweeps, tile.depths(in_channels) * DEPTH_ELEMENTS],
         "taps": [blocks, sweeps, TAPS, WARPS, 32, 8],
         "conv_bias": [blocks, sweeps, WARPS, 4, 8],
         "squeeze": [blocks, hidden, squeeze],
@@ -169,8 +176,8 @@ def _pack_left(left: Tensor) -> Tensor:
 
 
 def _unpack_left(left: Tensor) -> Tensor:
-    depths = left.shape[1] // (WARPS * 256)
-    elements = (depths - depths % 2) * WARPS * 256
+    depths = left.shape[1] // DEPTH_ELEMENTS
+    elements = (depths - depths % 2) * DEPTH_ELEMENTS
     pairs = left[:, :elements].reshape(len(left), depths // 2, WARPS, 8, 4, 2, 2, 2, 2)
     pairs = pairs.permute(0, 1, 5, 2, 3, 4, 6, 7, 8)
     single = left[:, elements:].reshape(len(left), depths % 2, WARPS, 8, 4, 2, 2, 2)

@@ -22,7 +22,7 @@ def block_row(
 ) -> Row:
     """A block's row. Times are in microseconds; what follows from one that was not taken is None.
 
-    `fused_us` is that of a stage's blocks, in one launch where a kernel can, `apart_us` with a launch for each, and
+    `fused_us` is that of a stage's blocks, in one launch where a kernel can, `apart_us` then with one for each, and
     `micro_batched_us` when a stage runs in micro-batches. OPs, bytes and the limit are those of the plan's program, for
     one block. Errors are relative to float64, of a block and of the stage.
     """

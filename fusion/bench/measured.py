@@ -48,8 +48,8 @@ def measure_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, prot
 def measure_block(config: BlockConfig, plan: Plan, micro_batch: MicroBatch = None) -> Row:
     """Time a stage of `STAGE_DEPTH` blocks in three ways, and check a fused block and the stage against float64.
 
-    Fused blocks of a stage run in one launch where a kernel can, and are timed one by one too. With a `micro_batch`,
-    time the fused stage that way too, its blocks planned for so many images.
+    Fused blocks of a stage run in one launch where a kernel can, and are then timed one by one too. With a
+    `micro_batch`, time the fused stage that way too, its blocks planned for so many images.
     """
     dtype, batch = getattr(torch, plan.shape.dtype), plan.shape.batch
     blocks = [random_block(config, seed) for seed in range(STAGE_DEPTH)]
@@ -71,8 +71,10 @@ def measure_block(config: BlockConfig, plan: Plan, micro_batch: MicroBatch = Non
     (error, eager_error), (stage_error, eager_stage_error) = errors
 
     fused_us = graph_us(lambda: fused(x)) / STAGE_DEPTH
-    apart = FusedStage(fused.blocks, one_launch=False)
-    apart_us = graph_us(lambda: apart(x)) / STAGE_DEPTH
+    apart_us = None
+    if plan.kernel == MBCONV_HOPPER.name:
+        apart = FusedStage(fused.blocks, one_launch=False)
+        apart_us = graph_us(lambda: apart(x)) / STAGE_DEPTH
     micro_batched_us = None
     if micro_batch is not None:
         stage = FusedStage((block.fused() for block in blocks), micro_batch)
@@ -115,7 +117,7 @@ def print_blocks(meta: Row, rows: Sequence[Row], command: BlockCommand) -> None:
     )
     keys = ("channels", "alpha", "hw", "eager_us", "inductor_us", "fused_us", "speedup", "tflops", "pct_peak")
     keys += ("limit_us", "pct_limit", "error", "eager_error", "kernel", "plan")
-    if any(row["kernel"] == MBCONV_HOPPER.name for row in rows):
+    if any(row["apart_us"] is not None for row in rows):
         columns, keys = (*columns, Column("one by one µs", "{:.1f}")), (*keys, "apart_us")
     if any(row["micro_batched_us"] is not None for row in rows):
         columns, keys = (*columns, Column("micro-batched µs", "{:.1f}")), (*keys, "micro_batched_us")

@@ -37,6 +37,8 @@ MAX_STAGES = 8
 FEW_STAGES = 4
 BIAS_CHANNELS = 16
 """Channels of the constant one that follow the input's: the depth of a product. Two are in use."""
+DEPTH_ELEMENTS = 16 * SWEEP
+"""Weights of the expansion of a sweep, for 16 channels: a product's depth."""
 TAPS = 5
 """Pieces of a thread's weights of the convolution, 16 bytes each."""
 TAPS_ELEMENTS = TAPS * 8 * 32 * WARPS
@@ -343,8 +345,11 @@ def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processo
 
 
 def candidate_tiles(shape: MBConvShape, processor: Processor) -> Iterator[MBConvHopperTile]:
-    """Every valid tile worth a measurement: the most stages that have room, with and without all hidden channels, and
-    fewer, which leave more of the L1 cache."""
+    """Every valid tile worth a measurement.
+
+    Those with the most stages that have room, with and without all hidden channels, and with few, which leave more of
+    the L1 cache.
+    """
     for tiles in _candidates(shape):
         valid = [tile for tile in tiles if why_invalid(tile, shape, processor) is None]
         resident = [tile for tile in valid if is_resident(tile, shape)]

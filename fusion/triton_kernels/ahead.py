@@ -180,7 +180,7 @@ def compile_mbconv_hopper(shape: MBConvShape, tile: MBConvHopperTile) -> Resourc
     values = {name: None for name in arguments if name.endswith("_desc") and name not in boxes} | {"S": spec}
     signature = {name: _argument_type(name, values, shape.dtype) for name in arguments}
     for name, box in boxes.items():
-        signature[name] = f"tensordesc<{TYPES[shape.dtype]}{box},{mbconv_hopper.descriptor_layout(box)!r}>"
+        signature[name] = f"tensordesc<{TYPES[shape.dtype]}{box},{flat_layout()!r}>"
     signature["expand_ptr"] = "*i32"
     options = {"num_warps": mbconv_hopper_tile.WARPS}
     capability = mbconv_hopper_tile.COMPUTE_CAPABILITY

@@ -229,11 +229,6 @@ def descriptor_boxes(spec: Spec) -> dict[str, list[int]]:
     return boxes if spec.resident else boxes | {"hidden_desc": [spec.rows // 4, 64]}
 
 
-def descriptor_layout(box: list[int]) -> gl.NVMMASharedLayout:
-    """Of what a copy brings: rows as they lie in global memory."""
-    return flat_layout()
-
-
 def launch(
     x: torch.Tensor,
     expand: torch.Tensor,
@@ -305,4 +300,4 @@ def _rows_descriptor(tensor: torch.Tensor, box: list[int] | None) -> TensorDescr
     """Of rows of 64 elements; None without a box."""
     if box is None:
         return None
-    return TensorDescriptor(tensor, [tensor.numel() // 64, 64], [64, 1], box, descriptor_layout(box))
+    return TensorDescriptor(tensor, [tensor.numel() // 64, 64], [64, 1], box, flat_layout())

@@ -185,9 +185,7 @@ def produce_sweep(sweep, left, sums, squeezed, ones, xs, weights, target, dtype:
                     # With two pieces there is one here, and a condition that is constant would crash the compiler.
                     if PIECES > 2:  # noqa: SIM102
                         if piece > 0:
-                            mask = pixel_mask(column - 1, ones, S)
-                            y, pool = convolve(window[0], window[1], right, taps, bias, pool, mask, S)
-                            store_hidden(y, target, sweep, column - 1, S)
+                            _, pool = advance(window, right, column - 1, ones, taps, bias, pool, target, sweep, S)
                     window = (window[1], right)
                 else:
                     window, pool = advance(window, right, column - 1, ones, taps, bias, pool, target, sweep, S)

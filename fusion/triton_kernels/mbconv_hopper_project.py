@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from fusion.triton_kernels.hopper_layouts import plain_layout, powers, rows_layout
 from fusion.triton_kernels.hopper_parts import fixed, slab_start, split_columns, zeros
+from fusion.triton_kernels.mbconv_hopper_registers import type_name
 from fusion.triton_kernels.mbconv_hopper_spec import TILE, UNIT, WARPS
 
 
@@ -28,33 +29,17 @@ def hidden_operand(S, columns):
 
 
 @gluon.constexpr_function
-def lane_bases(rank):
-    """16 bytes of each lane, in the last dimension of a tensor of this rank."""
-    return [[0] * (rank - 1) + [8 * lane] for lane in powers(1, 32)]
+def hidden_layout(S, shape, tile_dim):
+    """[tiles of a pass and units, in either order, 256]: 16 bytes a thread of each tile of its warp."""
 
+    def steps(dim, start, stop):
+        return [[step if i == dim else 0 for i in range(3)] for step in powers(start, stop)]
 
-@gluon.constexpr_function
-def warp_bases(S, rank, dim):
-    """Warps that divide the pixels, in a dimension of tiles; the others hold the same."""
-    tiles = [[warp if i == dim else 0 for i in range(rank)] for warp in powers(1, S.warps_of_rows)]
-    return tiles + [[0] * rank for _ in powers(S.warps_of_rows, WARPS.value)]
-
-
-@gluon.constexpr_function
-def streamed_layout(S):
-    """[units, tiles of a pass, 256]: 16 bytes a thread of each tile of its warp."""
-    own = [[0, 0, element] for element in (1, 2, 4)]
-    own += [[0, tile, 0] for tile in powers(S.warps_of_rows, S.rows // TILE.value)]
-    own += [[unit, 0, 0] for unit in powers(1, S.units)]
-    return gl.DistributedLinearLayout(own, lane_bases(3), warp_bases(S, 3, 1), [], [S.units, S.rows // 16, 256])
-
-
-@gluon.constexpr_function
-def resident_layout(S):
-    """[tiles of a pass, units, 256]: 16 bytes a thread of each tile of its warp."""
-    own = [[0, 0, element] for element in (1, 2, 4)] + [[0, unit, 0] for unit in powers(1, S.units)]
-    own += [[tile, 0, 0] for tile in powers(S.warps_of_rows, S.rows // TILE.value)]
-    return gl.DistributedLinearLayout(own, lane_bases(3), warp_bases(S, 3, 0), [], [S.rows // 16, S.units, 256])
+    rows = {tile_dim: steps(tile_dim, S.warps_of_rows, shape[tile_dim]), 1 - tile_dim: steps(1 - tile_dim, 1, S.units)}
+    # Warps that divide the output channels hold the same.
+    same = [[0, 0, 0] for _ in powers(S.warps_of_rows, WARPS.value)]
+    warps = steps(tile_dim, 1, S.warps_of_rows) + same
+    return gl.DistributedLinearLayout(steps(2, 1, 8) + rows[1] + rows[0], steps(2, 8, UNIT.value), warps, [], shape)
 
 
 @gluon.constexpr_function
@@ -104,7 +89,7 @@ def read_streamed(hidden, stage, S: gl.constexpr):
     """[rows, step], left operand."""
     TILES: gl.constexpr = S.rows // TILE
     y = hidden.index(stage * S.units)._reinterpret(hidden.dtype, [S.units, TILES, UNIT], plain_layout(3))
-    y = y.load(streamed_layout(S)).reshape((S.units, TILES, 8, 4, 2, 2, 2))
+    y = y.load(hidden_layout(S, [S.units, TILES, UNIT], 1)).reshape((S.units, TILES, 8, 4, 2, 2, 2))
     # Units, tiles, lanes' pixels, lanes' channels, channels + 8, second row of pixels, channel of a pair.
     y = y.permute((1, 5, 2, 0, 4, 3, 6)).reshape((S.rows, S.step))
     return gl.convert_layout(y, hidden_operand(S, 64), assert_trivial=True)
@@ -116,22 +101,20 @@ def read_resident(hidden, sweep, STEP: gl.constexpr, PASS: gl.constexpr, S: gl.c
     TILES: gl.constexpr = S.rows // TILE
     y = hidden.index(sweep * S.tiles)._reinterpret(hidden.dtype, [S.tiles, WARPS, UNIT], plain_layout(3))
     y = y.slice(PASS * TILES, TILES, dim=0).slice(STEP * S.units, S.units, dim=1)
-    y = y.load(resident_layout(S)).reshape((TILES, S.units, 8, 4, 2, 2, 2))
+    y = y.load(hidden_layout(S, [TILES, S.units, UNIT], 0)).reshape((TILES, S.units, 8, 4, 2, 2, 2))
     y = y.permute((0, 5, 2, 1, 4, 3, 6)).reshape((S.rows, S.step))
     return gl.convert_layout(y, hidden_operand(S, 64), assert_trivial=True)
 
 
+@gluon.constexpr_function
+def multiply_text(dtype):
+    return f"mul.rn.{type_name(dtype)}x2 $0, $1, $2;"
+
+
 @gluon.jit
-def multiply(y, gate, dtype: gl.constexpr):
+def multiply(y, gate):
     """y gate in 16 bits, two elements an instruction."""
-    if dtype == gl.float16:
-        return gl.inline_asm_elementwise(
-            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [y, gate], dtype=gl.float16, is_pure=True, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [y, gate], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
+    return gl.inline_asm_elementwise(multiply_text(y.dtype), "=r,r,r", [y, gate], dtype=y.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -140,7 +123,7 @@ def gated(y, gates, step, S: gl.constexpr):
     g = gates.index(step)._reinterpret(gates.dtype, [S.step], plain_layout(1))
     g = g.load(gl.SliceLayout(0, hidden_operand(S, 64)))[None, :]
     y, g = gl.broadcast(y, g)
-    return multiply(y, g, y.dtype)
+    return multiply(y, g)
 
 
 @gluon.jit

@@ -8,7 +8,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fusion.planner import mbconv_hopper_tile as planned
 from fusion.planner.mbconv_hopper_tile import (
-    BIAS_CHANNELS,
     GATES,
     LANES,
     ROWS,
@@ -44,6 +43,7 @@ class Spec:
     out_slabs: tuple[int, ...]
     products: tuple[int, ...]
     sweeps: int
+    depths: int
     squeeze: int
     gates: int
     bands: int
@@ -100,14 +100,9 @@ class Spec:
         return min(planned.WARPS, self.rows // TILE_PIXELS)
 
     @property
-    def depths(self) -> int:
-        """Products of depth 16 of the expansion."""
-        return (sum(self.in_slabs) + BIAS_CHANNELS) // 16
-
-    @property
     def expand_elements(self) -> int:
         """Of a sweep."""
-        return self.depths * planned.WARPS * 256
+        return self.depths * planned.DEPTH_ELEMENTS
 
     @property
     def taps_elements(self) -> int:
@@ -178,6 +173,7 @@ def constants(
         out_slabs=tile.out_slabs(out_channels),
         products=tile.products(width, out_channels),
         sweeps=tile.sweeps(hidden_channels),
+        depths=tile.depths(in_channels),
         squeeze=tile.squeeze(squeeze_channels),
         gates=tile.gates(hidden_channels),
         bands=tile.bands,

@@ -65,9 +65,9 @@ def pack_mbconv_hopper(
             f"weights cannot be packed for {tile!r}: groups of {weights.group_width} channels are not supported, only "
             f"of {GROUP_WIDTH}; use an MBConvTile"
         )
-    hidden, gates = tile.padded_hidden(weights.hidden_channels), tile.gates(weights.hidden_channels)
+    hidden = tile.padded_hidden(weights.hidden_channels)
     ins, slabs = sum(tile.in_slabs(weights.in_channels)), tile.out_slabs(weights.out_channels)
-    squeeze = tile.squeeze(weights.squeeze_channels)
+    squeeze = 16 * tile.squeeze_depths(weights.squeeze_channels)
     bias = padded(HALF * weights.expand_bias, hidden)
     rounded = bias.to(dtype).to(bias.dtype)
     left = torch.cat([padded(HALF * weights.expand, hidden, ins), rounded[:, None], (bias - rounded)[:, None]], dim=1)
@@ -78,10 +78,10 @@ def pack_mbconv_hopper(
         _pack_left(padded(left, hidden, ins + BIAS_CHANNELS)).to(dtype),
         taps.to(dtype),
         _pack_conv_bias(padded(HALF * weights.conv_bias, hidden)).float(),
-        padded(weights.squeeze.T, hidden, squeeze).to(dtype),
+        _pack_left(_pieces_swapped(padded(weights.squeeze, squeeze, hidden))).to(dtype),
         padded(weights.squeeze_bias, squeeze).float(),
-        padded(weights.excite, gates, squeeze).to(dtype),
-        padded(weights.excite_bias, gates).float(),
+        _pack_left(padded(weights.excite, hidden, squeeze)).to(dtype),
+        padded(weights.excite_bias, hidden).float(),
         torch.cat(project, dim=1).reshape(-1, WIDEST).to(dtype),
         padded(weights.project_bias, sum(slabs)).float(),
     )
@@ -108,16 +108,16 @@ def packed_sizes(
 ) -> dict[str, list[int]]:
     """Shapes of the tensors of `PackedMBConvHopper`, by name."""
     hidden, sweeps = tile.padded_hidden(hidden_channels), tile.sweeps(hidden_channels)
-    gates, squeeze = tile.gates(hidden_channels), tile.squeeze(squeeze_channels)
+    squeeze = tile.squeeze_depths(squeeze_channels)
     outs = sum(tile.out_slabs(out_channels))
     return {
         "expand": [blocks, sweeps, tile.depths(in_channels) * DEPTH_ELEMENTS],
         "taps": [blocks, sweeps, TAPS, WARPS, 32, 8],
         "conv_bias": [blocks, sweeps, WARPS, 4, 8],
-        "squeeze": [blocks, hidden, squeeze],
-        "squeeze_bias": [blocks, squeeze],
-        "excite": [blocks, gates, squeeze],
-        "excite_bias": [blocks, gates],
+        "squeeze": [blocks, sweeps, squeeze * DEPTH_ELEMENTS],
+        "squeeze_bias": [blocks, 16 * squeeze],
+        "excite": [blocks, sweeps, squeeze * DEPTH_ELEMENTS],
+        "excite_bias": [blocks, hidden],
         "project": [blocks, hidden * outs // WIDEST, WIDEST],
         "project_bias": [blocks, outs],
     }
@@ -155,9 +155,9 @@ def _unpack(
         left[:hidden_channels, ins : ins + 2].sum(1),
         _unpack_taps(block.taps)[:hidden_channels] / HALF,
         _unpack_conv_bias(block.conv_bias)[:hidden_channels] / HALF,
-        block.squeeze[:hidden_channels, :squeeze_channels].T,
+        _pieces_swapped(_unpack_left(block.squeeze))[:squeeze_channels, :hidden_channels],
         block.squeeze_bias[:squeeze_channels],
-        block.excite[:hidden_channels, :squeeze_channels],
+        _unpack_left(block.excite)[:hidden_channels, :squeeze_channels],
         block.excite_bias[:hidden_channels],
         torch.cat(project, dim=1)[:hidden_channels, :out_channels].T,
         block.project_bias[:out_channels],
@@ -184,6 +184,11 @@ def _unpack_left(left: Tensor) -> Tensor:
     left = torch.cat([pairs.flatten(1, 2), single], dim=1)
     # [sweeps, depths, warps, 8 rows, 4, 2 channel halves, 2 groups, 2]
     return left.permute(0, 2, 6, 3, 1, 5, 4, 7).reshape(len(left) * WARPS * 16, depths * 16)
+
+
+def _pieces_swapped(matrix: Tensor) -> Tensor:
+    """`[rows, columns] -> [columns, rows]`, transposing pieces of `[16, 16]` as wholes. It undoes itself."""
+    return matrix.reshape(len(matrix) // 16, 16, -1, 16).permute(2, 1, 0, 3).reshape(-1, len(matrix))
 
 
 def _pack_taps(conv: Tensor) -> Tensor:

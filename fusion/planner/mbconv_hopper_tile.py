@@ -43,8 +43,6 @@ TAPS = 5
 """Pieces of a thread's weights of the convolution, 16 bytes each."""
 TAPS_ELEMENTS = TAPS * 8 * 32 * WARPS
 """Of a sweep."""
-GATES = 256
-"""Gates that are computed together."""
 PRODUCT_CHANNELS = 128
 """Output channels that a product projects, if the warps divide the pixels only."""
 PASS_REGISTERS = 192
@@ -136,13 +134,9 @@ class MBConvHopperTile:
         """Hidden channels that the kernel computes."""
         return self.sweeps(hidden_channels) * SWEEP
 
-    def squeeze(self, squeeze_channels: int) -> int:
-        """Length of the squeeze vector, a power of two."""
-        return max(16, 1 << (squeeze_channels - 1).bit_length())
-
-    def gates(self, hidden_channels: int) -> int:
-        """Gates that are computed, a multiple of 256."""
-        return ceil(hidden_channels / GATES) * GATES
+    def squeeze_depths(self, squeeze_channels: int) -> int:
+        """Products of depth 16 that have room for the squeeze vector."""
+        return ceil(squeeze_channels / 16)
 
     def passes(self, width: int, out_channels: int) -> int:
         """Times that all hidden channels are projected, each for other pixels."""
@@ -182,7 +176,7 @@ class MBConvHopperTile:
 
     def gate_bytes(self, hidden_channels: int, squeeze_channels: int) -> int:
         """Gates in 16 bits, the squeeze vector in fp32, and its shares of all warps while they are added."""
-        return 2 * self.gates(hidden_channels) + 4 * (1 + WARPS) * self.squeeze(squeeze_channels)
+        return 2 * self.padded_hidden(hidden_channels) + 4 * (1 + WARPS) * 32 * ceil(squeeze_channels / 32)
 
     def memory_bytes(
         self,
@@ -313,8 +307,7 @@ def estimated_registers(tile: MBConvHopperTile, shape: MBConvShape) -> float:
     divided = max(1, TILE_PIXELS * WARPS // rows)
     project = rows * sum(tile.out_slabs(shape.out_channels)) / (32 * WARPS)
     project += rows * divided * tile.step / (2 * 32 * WARPS)
-    squeeze = tile.squeeze(shape.squeeze_channels)
-    return 30 + max(produce, project, squeeze * (1 / 8 + 1 / 4 + 1 / 8) + 64)
+    return 30 + max(produce, project)
 
 
 def programs_per_processor(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor) -> int:
@@ -331,7 +324,7 @@ def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processo
     passes = tile.passes(shape.width, shape.out_channels)
     streamed = 0 if is_resident(tile, shape) else 2 * tile.pixels(shape.width)
     # Of a hidden channel: rows of all matrices, and its pixels, which are written and read.
-    elements = 16 * tile.depths(shape.in_channels) + TAPS_ELEMENTS // SWEEP + 2 * tile.squeeze(shape.squeeze_channels)
+    elements = 16 * tile.depths(shape.in_channels) + TAPS_ELEMENTS // SWEEP + 32 * tile.squeeze_depths(shape.squeeze_channels)
     elements += passes * sum(tile.out_slabs(shape.out_channels)) + streamed
     l2_us = ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP * elements / BYTES_PER_US
     tile_us = TILE_US + DEPTH_US * tile.depths(shape.in_channels)

@@ -181,7 +181,7 @@ def compile_mbconv_hopper(shape: MBConvShape, tile: MBConvHopperTile) -> Resourc
     signature = {name: _argument_type(name, values, shape.dtype) for name in arguments}
     for name, box in boxes.items():
         signature[name] = f"tensordesc<{TYPES[shape.dtype]}{box},{flat_layout()!r}>"
-    signature["expand_ptr"] = "*i32"
+    signature |= dict.fromkeys(("expand_ptr", "squeeze_ptr", "excite_ptr"), "*i32")
     options = {"num_warps": mbconv_hopper_tile.WARPS}
     capability = mbconv_hopper_tile.COMPUTE_CAPABILITY
     return _compile(GluonASTSource, mbconv_hopper.mbconv_hopper_kernel, signature, values, capability, options)

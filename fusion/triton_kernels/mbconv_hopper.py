@@ -26,7 +26,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusion.planner.mbconv_hopper_tile import BIAS_CHANNELS, WARPS, MBConvHopperTile
+from fusion.planner import mbconv_hopper_tile as planned
+from fusion.planner.mbconv_hopper_tile import BIAS_CHANNELS, MBConvHopperTile
 from fusion.triton_kernels.hopper_layouts import flat_layout, plain_layout, rows_layout
 from fusion.triton_kernels.hopper_parts import (
     fence_async_global,
@@ -38,22 +39,20 @@ from fusion.triton_kernels.hopper_parts import (
 )
 from fusion.triton_kernels.mbconv_hopper_gates import excite
 from fusion.triton_kernels.mbconv_hopper_produce import produce
-from fusion.triton_kernels.mbconv_hopper_project import load_hidden, load_weights, project
+from fusion.triton_kernels.mbconv_hopper_project import load_biases, load_hidden, load_weights, project
 from fusion.triton_kernels.mbconv_hopper_spec import (
     HIDDEN,
     SLAB_WIDTHS,
     TILE,
     UNIT,
+    WARPS,
     Spec,
     constants,
     copy_layout,
     new_barriers,
-    tile_layout,
 )
 
 BIAS = gl.constexpr(BIAS_CHANNELS)
-ALL_ONES = -1
-"""A word that the compiler does not know."""
 
 
 @gluon.jit
@@ -151,14 +150,13 @@ def mbconv_hopper_kernel(
     expand_ptr,  # U, registers of two products at a time
     taps_ptr,  # [blocks, sweeps, 5, warps, 32, 8]
     conv_bias_ptr,  # fp32, as all biases
-    squeeze_ptr,  # [blocks, hidden, squeeze]
+    squeeze_ptr,  # registers of two products at a time, as of U
     squeeze_bias_ptr,
-    excite_ptr,  # [blocks, gates, squeeze]
+    excite_ptr,  # likewise
     excite_bias_ptr,
     project_bias_ptr,
     workspace_ptr,  # [programs, hidden x pixels]
     blocks,
-    all_ones,
     S: gl.constexpr,
 ):
     dtype: gl.constexpr = x_ptr.dtype.element_ty
@@ -169,8 +167,8 @@ def mbconv_hopper_kernel(
     outs = new_outputs(xs, dtype, S)
     vs = gl.allocate_shared_memory(dtype, [S.stages * S.weight_rows // 8, 8, 64], rows_layout(64))
     hidden = new_hidden(dtype, S)
-    gates = gl.allocate_shared_memory(dtype, [S.gates // S.step, S.step], plain_layout(1))
-    vector = gl.allocate_shared_memory(gl.float32, [S.squeeze], plain_layout(1))
+    gates = gl.allocate_shared_memory(dtype, [S.steps, S.step], plain_layout(1))
+    vector = gl.allocate_shared_memory(gl.float32, [2 * S.squeeze_parts, 16], plain_layout(1))
     weight_ring = (vs, new_barriers(fixed(S.stages)), v_descs)
     hidden_ring = (hidden, new_barriers(fixed(S.stages)), hidden_desc)
     xs_and_ones = xs + (new_bias_input(dtype, S),)
@@ -182,29 +180,29 @@ def mbconv_hopper_kernel(
     load_input(x_ptr, xs, image, S)
     fence_async_shared()
     gl.thread_barrier()
-    ones = zeros(HIDDEN, TILE, gl.int32, tile_layout()) + all_ones
     ws = workspace_ptr + image.to(gl.int64) * (S.hidden * S.pixels)
     first_row = image * (S.hidden * S.pixels // 64)
     for block in range(0, blocks):
         weights = (
-            expand_ptr + block * (S.sweeps * S.expand_elements // 2),
+            expand_ptr + block * (S.sweeps * S.depths * UNIT * WARPS // 2),
             taps_ptr + block * (S.sweeps * S.taps_elements),
             conv_bias_ptr + block * (2 * S.hidden),
-            squeeze_ptr + block * (S.hidden * S.squeeze),
+            squeeze_ptr + block * (S.sweeps * S.squeeze_depths * UNIT * WARPS // 2),
         )
-        squeezed = produce(ones, xs_and_ones, weights, (ws, hidden), dtype, S)
+        squeezed = produce(xs_and_ones, weights, (ws, hidden), dtype, S)
         if not S.resident:
             fence_async_global()
             gl.thread_barrier()
             for index in gl.static_range(fixed(S.stages)):
                 load_hidden(hidden_ring, first_row, block * S.turns + index, index, S)
+        biases = load_biases(project_bias_ptr + block * OUT, S)
         excite(
             squeezed,
             vector,
             gates,
-            squeeze_bias_ptr + block * S.squeeze,
-            excite_ptr + block * (S.gates * S.squeeze),
-            excite_bias_ptr + block * S.gates,
+            squeeze_bias_ptr + block * (16 * S.squeeze_depths),
+            excite_ptr + block * (S.sweeps * S.squeeze_depths * UNIT * WARPS // 2),
+            excite_bias_ptr + block * S.hidden,
             S,
         )
         project(
@@ -215,6 +213,7 @@ def mbconv_hopper_kernel(
             hidden_ring,
             weight_ring,
             project_bias_ptr + block * OUT,
+            biases,
             outs,
             S,
         )
@@ -282,16 +281,15 @@ def launch(
             expand_ptr=expand.view(torch.int32),
             taps_ptr=taps,
             conv_bias_ptr=conv_bias,
-            squeeze_ptr=squeeze,
+            squeeze_ptr=squeeze.view(torch.int32),
             squeeze_bias_ptr=squeeze_bias,
-            excite_ptr=excite,
+            excite_ptr=excite.view(torch.int32),
             excite_bias_ptr=excite_bias,
             project_bias_ptr=project_bias,
             workspace_ptr=workspace,
             blocks=len(expand),
-            all_ones=ALL_ONES,
             S=spec,
-            num_warps=WARPS,
+            num_warps=planned.WARPS,
             launch_pdl=True,
         )
 

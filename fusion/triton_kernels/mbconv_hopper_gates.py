@@ -4,59 +4,73 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fusion.triton_kernels.hopper_layouts import plain_layout
-from fusion.triton_kernels.hopper_parts import fixed
-from fusion.triton_kernels.mbconv_hopper_spec import WARPS
+from fusion.triton_kernels.hopper_parts import fixed, zeros
+from fusion.triton_kernels.mbconv_hopper_registers import add_products
+from fusion.triton_kernels.mbconv_hopper_spec import HIDDEN, TILE, UNIT, WARPS, load_operands, tile_layout
 
-AHEAD_ELEMENTS = 64 * 2 * 32 * WARPS.value
-"""Excite weights on their way together: 64 registers of each thread."""
-
-
-@gluon.constexpr_function
-def excite_layout(S):
-    """[gates, squeeze]: 16 bytes a thread."""
-    lanes = min(32, S.squeeze // 8)
-    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [WARPS.value, 1], [1, 0])
+AHEAD_REGISTERS = 64
+"""Of a thread, for excite weights on their way together."""
 
 
 @gluon.constexpr_function
 def excite_ahead(S):
-    """Times that excite weights are loaded before the squeeze vector is complete."""
-    return max(1, min(S.gates // S.gate_count, AHEAD_ELEMENTS // (S.gate_count * S.squeeze)))
+    """Sweeps of excite weights that are loaded before the squeeze vector is complete."""
+    return max(1, min(S.sweeps, AHEAD_REGISTERS // (4 * S.squeeze_depths)))
 
 
 @gluon.jit
-def load_excite(excite_ptr, step, S: gl.constexpr):
-    """[gates, squeeze]"""
-    LAYOUT: gl.constexpr = excite_layout(S)
-    row = step * S.gate_count + gl.arange(0, S.gate_count, gl.SliceLayout(1, LAYOUT))
-    return gl.load(excite_ptr + row[:, None] * S.squeeze + gl.arange(0, S.squeeze, gl.SliceLayout(0, LAYOUT))[None, :])
+def load_excite(excite_ptr, sweep, dtype: gl.constexpr, S: gl.constexpr):
+    """Of 128 gates."""
+    pointer = excite_ptr + sweep * (S.squeeze_depths * UNIT * WARPS // 2)
+    return load_operands(pointer, sweep < S.sweeps, fixed(S.squeeze_depths), dtype)
+
+
+@gluon.jit
+def store_vector(squeezed, vector, S: gl.constexpr):
+    """The squeeze vector without its bias, [2 parts, 16], from each warp's shares."""
+    for part in gl.static_range(fixed(S.squeeze_parts)):
+        # Warps, halves of 16 channels, 8 channels, which 16 of 32, shares.
+        shares = squeezed[part].reshape((WARPS, 2, 8, 2, 8))
+        sums = gl.sum(gl.sum(shares, axis=4), axis=0).permute((2, 0, 1)).reshape((32,))
+        vector.index(2 * part)._reinterpret(gl.float32, [32], plain_layout(1)).store(sums)
 
 
 @gluon.jit
 def excite(squeezed, vector, gates, squeeze_bias_ptr, excite_ptr, excite_bias_ptr, S: gl.constexpr):
-    """Gates of all hidden channels, from shares [warps, 4, squeeze] of the squeeze vector.
+    """Gates of all hidden channels, from each warp's shares of the squeeze vector.
 
-    All loads but the last weights' start before anything waits for another warp.
+    All loads but the last weights' start before anything waits for another warp. The vector is a right operand whose
+    columns are all the same, and so are the columns of the products.
     """
-    LAYOUT: gl.constexpr = excite_layout(S)
-    STEPS: gl.constexpr = S.gates // S.gate_count
+    ROWS: gl.constexpr = gl.SliceLayout(1, tile_layout())
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, tile_layout())
     AHEAD: gl.constexpr = excite_ahead(S)
-    row = gl.arange(0, S.gate_count, gl.SliceLayout(1, LAYOUT))
+    dtype: gl.constexpr = gates.dtype
     weights = ()
-    for step in gl.static_range(AHEAD):
-        weights = weights + (load_excite(excite_ptr, step, S),)
+    for sweep in gl.static_range(AHEAD):
+        weights = weights + (load_excite(excite_ptr, sweep, dtype, S),)
     biases = ()
-    for step in gl.static_range(STEPS):
-        biases = biases + (gl.load(excite_bias_ptr + step * S.gate_count + row),)
-    bias = gl.load(squeeze_bias_ptr + gl.arange(0, S.squeeze, gl.SliceLayout(0, LAYOUT)))
-    vector.store(gl.sum(gl.sum(squeezed, axis=1), axis=0))
+    for sweep in gl.static_range(fixed(S.sweeps)):
+        biases = biases + (gl.load(excite_bias_ptr + sweep * HIDDEN + gl.arange(0, HIDDEN, ROWS)),)
+    squeeze_biases = ()
+    for depth in gl.static_range(fixed(S.squeeze_depths)):
+        squeeze_biases = squeeze_biases + (gl.load(squeeze_bias_ptr + depth * 16 + gl.arange(0, 16, COLUMNS)),)
+    store_vector(squeezed, vector, S)
     gl.thread_barrier()
-    v = gl.maximum(vector.load(gl.SliceLayout(0, LAYOUT)) + bias, 0.0)[None, :]
-    for step in gl.static_range(STEPS):
-        gate = gl.sum(weights[step].to(gl.float32) * v, axis=1) + biases[step]
-        if step + AHEAD < STEPS:
-            weights = weights + (load_excite(excite_ptr, step + AHEAD, S),)
+    like = zeros(HIDDEN, TILE, dtype, tile_layout())
+    right = ()
+    for depth in gl.static_range(fixed(S.squeeze_depths)):
+        part = gl.maximum(vector.index(depth).load(COLUMNS) + squeeze_biases[depth], 0.0).to(dtype)
+        part, _ = gl.broadcast(part[None, :], like)
+        right = right + (part,)
+    for sweep in gl.static_range(fixed(S.sweeps)):
+        sums = zeros(HIDDEN, TILE, gl.float32, tile_layout())
+        for depth in gl.static_range(fixed(S.squeeze_depths)):
+            sums = add_products(weights[sweep][depth // 2], right[depth], sums, fixed((depth % 2,)))
+        if sweep + AHEAD < S.sweeps:
+            weights = weights + (load_excite(excite_ptr, sweep + AHEAD, dtype, S),)
+        gate = gl.sum(sums, axis=1) * 0.125 + biases[sweep]
         gate = 1.0 / (1.0 + gl.exp(-gate))
-        view = gates.index(step * S.gate_count // S.step)
-        view._reinterpret(gates.dtype, [fixed(S.gate_count)], plain_layout(1)).store(gate.to(gates.dtype))
+        view = gates.index(sweep * HIDDEN // S.step)
+        view._reinterpret(dtype, [HIDDEN], plain_layout(1)).store(gate.to(dtype))
     gl.thread_barrier()

@@ -8,12 +8,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from fusion.triton_kernels.hopper_layouts import powers
+from fusion.triton_kernels.hopper_layouts import plain_layout
 from fusion.triton_kernels.hopper_parts import fixed, join_columns, slab_start, split_units, zeros
 from fusion.triton_kernels.mbconv_hopper_registers import (
     activate,
+    add_products,
     beside,
     convolve,
+    means,
     no_tile,
     pixel_mask,
     registers,
@@ -26,6 +28,7 @@ from fusion.triton_kernels.mbconv_hopper_spec import (
     as_fragments,
     as_tile,
     fragment_offsets,
+    load_operands,
     tile_layout,
 )
 
@@ -36,27 +39,11 @@ def expand_layout(S):
     return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, TILE.value * S.piece, 16])
 
 
-@gluon.constexpr_function
-def squeeze_layout(S):
-    """[hidden, squeeze]: a thread has channels 2 t and 2 t + 1 of both groups, as of the pool."""
-    own = [[1, 0], [8, 0], *([0, column] for column in powers(1, S.squeeze // 8))]
-    lanes = [[2, 0], [4, 0], *([0, column] for column in powers(S.squeeze // 8, S.squeeze))]
-    warps = [[16 * warp, 0] for warp in powers(1, WARPS.value)]
-    return gl.DistributedLinearLayout(own, lanes, warps, [], [HIDDEN.value, S.squeeze])
-
-
 @gluon.jit
 def load_left(expand_ptr, sweep, dtype: gl.constexpr, S: gl.constexpr):
-    """U of a sweep, if there is one: of each two depths [hidden, tile] int32, and of an odd last one 16 bits."""
-    used = sweep < S.sweeps
-    pointer = expand_ptr + sweep * (S.expand_elements // 2)
-    left = ()
-    for i in gl.static_range(S.depths // 2):
-        left = left + (as_tile(gl.load(pointer + i * (UNIT * WARPS) + fragment_offsets(UNIT, 32), mask=used, other=0)),)
-    if S.depths % 2 == 1:
-        single = (pointer + S.depths // 2 * (UNIT * WARPS)).to(gl.pointer_type(dtype), bitcast=True)
-        left = left + (as_tile(gl.load(single + fragment_offsets(UNIT, 32), mask=used, other=0.0)),)
-    return left
+    """U of a sweep, if there is one."""
+    pointer = expand_ptr + sweep * (S.depths * UNIT * WARPS // 2)
+    return load_operands(pointer, sweep < S.sweeps, fixed(S.depths), dtype)
 
 
 @gluon.constexpr_function
@@ -113,121 +100,141 @@ def finish_expand(sums):
 
 
 @gluon.jit
-def tile_sums(sums, K: gl.constexpr):
-    """Of tile `K` of a piece."""
-    return gl.convert_layout(split_units(sums, fixed(TILE.value))[K], tile_layout(), assert_trivial=True)
-
-
-@gluon.jit
-def store_hidden(y, target, sweep, column, S: gl.constexpr):
-    """[hidden, tile] as the projection's left operand, to shared memory or to the workspace."""
-    ws, hidden = target
-    y = as_fragments(y)
-    if S.resident:
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
-        y = gl.convert_layout(y.reshape((WARPS, UNIT)), LAYOUT, assert_trivial=True)
-        hidden.index(sweep * S.tiles + column).store(y)
-    else:
-        pointer = ws + sweep * (WARPS * S.tiles * UNIT) + column * UNIT
-        gl.store(pointer + fragment_offsets(S.tiles * UNIT, 32), y)
-
-
-@gluon.jit
-def advance(window, right, column, ones, taps, bias, pool, target, sweep, S: gl.constexpr):
-    """Convolve the tile in the middle of a window whose last one is `right`, and move the window."""
-    y, pool = convolve(window[0], window[1], right, taps, bias, pool, pixel_mask(column, ones, S), S)
-    store_hidden(y, target, sweep, column, S)
-    return (window[1], right), pool
-
-
-@gluon.jit
-def sweep_at_once(sums, ones, taps, bias, pool, target, sweep, dtype: gl.constexpr, S: gl.constexpr):
-    """All tiles of a sweep, [hidden, pixels] of which are `sums`."""
+def tiles_of(sums, piece, dtype: gl.constexpr, S: gl.constexpr):
+    """The tiles of a piece, activated."""
+    sums = split_units(sums, fixed(TILE.value))
     tiles = ()
-    for k in gl.static_range(fixed(S.columns)):
-        tiles = tiles + (activate(tile_sums(sums, k), ones, pixel_mask(k, ones, S), dtype, S),)
-    window = (beside(tiles[S.columns - 1], "up", S), tiles[0])
+    for k in gl.static_range(fixed(S.piece)):
+        mask = pixel_mask(piece * S.piece + k, S)
+        tiles = tiles + (activate(gl.convert_layout(sums[k], tile_layout(), assert_trivial=True), mask, dtype, S),)
+    return tiles
+
+
+@gluon.jit
+def store_streamed(y, ws, sweep, column, S: gl.constexpr):
+    """[hidden, tile] to the workspace, as the projection's left operand."""
+    pointer = ws + sweep * (WARPS * S.tiles * UNIT) + column * UNIT
+    gl.store(pointer + fragment_offsets(S.tiles * UNIT, 32), as_fragments(y))
+
+
+@gluon.jit
+def stacked(ys, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """[hidden, tile] of each -> [count, warps, 256]"""
+    if COUNT == 1:
+        return as_fragments(ys[FIRST]).reshape((1, WARPS, UNIT))
+    else:
+        both = gl.join(stacked(ys, FIRST, COUNT // 2), stacked(ys, FIRST + COUNT // 2, COUNT // 2))
+        return both.permute((3, 0, 1, 2)).reshape((COUNT, WARPS, UNIT))
+
+
+@gluon.jit
+def store_resident(ys, hidden, first):
+    """[hidden, tile] of each to shared memory from tile `first` of all sweeps on, as the projection's left operand."""
+    COUNT: gl.constexpr = len(ys)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([COUNT, 1, 8], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
+    target = hidden.index(first)._reinterpret(hidden.dtype, [COUNT, WARPS, UNIT], plain_layout(3))
+    target.store(gl.convert_layout(stacked(ys, 0, COUNT), LAYOUT, assert_trivial=True))
+
+
+@gluon.jit
+def convolve_at_once(tiles, weights, pool, target, sweep, S: gl.constexpr):
+    """All tiles of a sweep; returns the pool."""
+    ws, hidden = target
+    left = beside(tiles[S.columns - 1], "up", S)
     tiles = tiles + (beside(tiles[0], "down", S),)
+    ys = ()
     for k in gl.static_range(fixed(S.columns)):
-        window, pool = advance(window, tiles[k + 1], k, ones, taps, bias, pool, target, sweep, S)
+        y, pool = convolve(left, tiles[k], tiles[k + 1], weights, pool, pixel_mask(k, S), S)
+        left = tiles[k]
+        ys = ys + (y,)
+    if S.resident:
+        store_resident(ys, hidden, sweep * S.tiles)
+    else:
+        for k in gl.static_range(fixed(S.columns)):
+            store_streamed(ys[k], ws, sweep, k, S)
     return pool
 
 
 @gluon.jit
-def produce_sweep(sweep, left, sums, squeezed, ones, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
-    """128 hidden channels of the image, pooled and squeezed. `sums` are those of the first piece, `left` is U.
+def convolve_piece(window, tiles, first, weights, pool, target, sweep, S: gl.constexpr):
+    """Convolve tiles from column `first` on, but for the last one: those of a window of two, and what follows.
 
-    Returns the same of the next sweep, whose products run while this one's pool is summed.
+    Returns the last two tiles, and the pool.
     """
-    expand_ptr, taps_ptr, bias_ptr, squeeze_ptr = weights
+    ws, hidden = target
+    tiles = window + tiles
+    COUNT: gl.constexpr = len(tiles) - 2
+    for k in gl.static_range(COUNT):
+        y, pool = convolve(tiles[k], tiles[k + 1], tiles[k + 2], weights, pool, pixel_mask(first + k, S), S)
+        if S.resident:
+            store_resident((y,), hidden, sweep * S.tiles + first + k)
+        else:
+            store_streamed(y, ws, sweep, first + k, S)
+    return (tiles[COUNT], tiles[COUNT + 1]), pool
+
+
+@gluon.jit
+def load_conv(taps_ptr, bias_ptr, sweep, S: gl.constexpr):
+    """Taps and bias of the convolution of a sweep."""
     taps = ()
     for i in gl.static_range(fixed(S.taps)):
         pointer = taps_ptr + sweep * S.taps_elements + i * (UNIT * WARPS)
         taps = taps + (as_tile(gl.load(pointer + fragment_offsets(UNIT, 32))),)
-    bias = as_tile(gl.load(bias_ptr + sweep * (2 * HIDDEN) + fragment_offsets(32, 4)))
-    LAYOUT: gl.constexpr = squeeze_layout(S)
-    row = sweep * HIDDEN + gl.arange(0, HIDDEN, gl.SliceLayout(1, LAYOUT))
-    squeeze = squeeze_ptr + row[:, None] * S.squeeze + gl.arange(0, S.squeeze, gl.SliceLayout(0, LAYOUT))[None, :]
+    return taps, as_tile(gl.load(bias_ptr + sweep * (2 * HIDDEN) + fragment_offsets(32, 4)))
+
+
+@gluon.constexpr_function
+def halves_of(dtype):
+    """Of 32 bits that hold two operands, and of 16 that hold one."""
+    return (0, 1) if dtype == gl.int32 else (0,)
+
+
+@gluon.jit
+def produce_sweep(sweep, left, squeezed, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
+    """128 hidden channels of the image, pooled and squeezed. `left` is U; returns U of the next sweep."""
+    expand_ptr, taps_ptr, bias_ptr, squeeze_ptr = weights
+    conv = load_conv(taps_ptr, bias_ptr, sweep, S)
+    operands = left_operands(left, conv[0][0], S)
+    squeeze_ptr += sweep * (S.squeeze_depths * UNIT * WARPS // 2)
     pool = zeros(HIDDEN, TILE, gl.float32, tile_layout())
+    tiles = tiles_of(finish_expand(start_expand(operands, xs, 0, S)), 0, dtype, S)
     if S.at_once:
         left = load_left(expand_ptr, sweep + 1, dtype, S)
-        squeeze_weights = gl.load(squeeze)
-        pool = sweep_at_once(sums, ones, taps, bias, pool, target, sweep, dtype, S)
+        squeeze = load_operands(squeeze_ptr, True, fixed(S.squeeze_depths), dtype)
+        pool = convolve_at_once(tiles, conv, pool, target, sweep, S)
     else:
         PIECES: gl.constexpr = S.columns // S.piece
-        operands = left_operands(left, taps[0], S)
-        window = (no_tile(), no_tile())
-        for piece in range(0, PIECES - 1):
-            for k in gl.static_range(fixed(S.piece)):
-                column = piece * S.piece + k
-                right = activate(tile_sums(sums, k), ones, pixel_mask(column, ones, S), dtype, S)
-                if k == 0:
-                    # With two pieces there is one here, and a condition that is constant would crash the compiler.
-                    if PIECES > 2:  # noqa: SIM102
-                        if piece > 0:
-                            _, pool = advance(window, right, column - 1, ones, taps, bias, pool, target, sweep, S)
-                    window = (window[1], right)
-                else:
-                    window, pool = advance(window, right, column - 1, ones, taps, bias, pool, target, sweep, S)
-            sums = finish_expand(start_expand(operands, xs, piece + 1, S))
+        sums = start_expand(operands, xs, 1, S)
+        window, pool = convolve_piece((no_tile(),), tiles, 0, conv, pool, target, sweep, S)
+        sums = finish_expand(sums)
+        for piece in range(1, PIECES - 1):
+            tiles = tiles_of(sums, piece, dtype, S)
+            sums = start_expand(operands, xs, piece + 1, S)
+            window, pool = convolve_piece(window, tiles, piece * S.piece - 1, conv, pool, target, sweep, S)
+            sums = finish_expand(sums)
         left = load_left(expand_ptr, sweep + 1, dtype, S)
-        squeeze_weights = gl.load(squeeze)
-        for k in gl.static_range(fixed(S.piece)):
-            column = S.columns - S.piece + k
-            right = activate(tile_sums(sums, k), ones, pixel_mask(column, ones, S), dtype, S)
-            window, pool = advance(window, right, column - 1, ones, taps, bias, pool, target, sweep, S)
-        window, pool = advance(window, no_tile(), S.columns - 1, ones, taps, bias, pool, target, sweep, S)
-    sums = start_expand(left_operands(left, taps[0], S), xs, 0, S)
-    # Rows of pixels, lanes, groups, pairs of channels.
-    mean = gl.sum(gl.sum(pool.reshape((WARPS, 2, 8, 2, 4, 2)), axis=2), axis=1) * (1.0 / (S.height * S.width))
-    mean = gl.convert_layout(mean.reshape((HIDDEN,)), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
-    squeezed += shares(squeeze_weights.to(gl.float32) * mean[:, None], S)
-    return left, finish_expand(sums), squeezed
+        squeeze = load_operands(squeeze_ptr, True, fixed(S.squeeze_depths), dtype)
+        tiles = tiles_of(sums, PIECES - 1, dtype, S) + (no_tile(),)
+        _, pool = convolve_piece(window, tiles, S.columns - S.piece - 1, conv, pool, target, sweep, S)
+    right = means(pool, conv[0][0], S)
+    added = ()
+    for i in gl.static_range(len(squeeze)):
+        added = added + (add_products(squeeze[i], right, squeezed[i], halves_of(squeeze[i].dtype)),)
+    return left, added
 
 
 @gluon.jit
-def shares(products, S: gl.constexpr):
-    """[hidden, squeeze] -> [warps, 4, squeeze]: what each thread can add alone."""
-    products = products.reshape((WARPS, 2, 4, 2, S.squeeze))
-    return gl.sum(gl.sum(products, axis=3), axis=1)
+def produce(xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
+    """Hidden channels of the image, and each warp's shares of the squeeze vector.
 
-
-@gluon.jit
-def no_shares(S: gl.constexpr):
-    return shares(zeros(HIDDEN, S.squeeze, gl.float32, squeeze_layout(S)), S)
-
-
-@gluon.jit
-def produce(ones, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
-    """Hidden channels of the image, and the squeeze vector's shares [warps, 4, squeeze].
-
-    `weights` point to those of the block: expansion, taps, bias of the convolution, squeeze. `target` is the workspace
-    and the hidden channels in shared memory; one of them is in use.
+    The shares are [hidden, tile] for 32 squeeze channels: 8 rows of a warp's 16 and one half of the columns for 8
+    channels, whose 8 columns are to be added. `weights` point to those of the block: expansion, taps, bias of the
+    convolution, squeeze. `target` is the workspace and the hidden channels in shared memory; one of them is in use.
     """
-    like = zeros(HIDDEN, TILE, dtype, tile_layout())
     left = load_left(weights[0], 0, dtype, S)
-    sums = finish_expand(start_expand(left_operands(left, like, S), xs, 0, S))
-    squeezed = no_shares(S)
+    squeezed = ()
+    for _ in gl.static_range(fixed(S.squeeze_parts)):
+        squeezed = squeezed + (zeros(HIDDEN, TILE, gl.float32, tile_layout()),)
     for sweep in range(0, S.sweeps):
-        left, sums, squeezed = produce_sweep(sweep, left, sums, squeezed, ones, xs, weights, target, dtype, S)
+        left, squeezed = produce_sweep(sweep, left, squeezed, xs, weights, target, dtype, S)
     return squeezed

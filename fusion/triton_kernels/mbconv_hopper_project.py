@@ -173,12 +173,30 @@ def refill(index, first, blocks, first_row, hidden_ring, weight_ring, S: gl.cons
 
 
 @gluon.jit
-def project_pass(block, blocks, first_row, gates, hidden_ring, weight_ring, PASS: gl.constexpr, S: gl.constexpr):
+def load_bias(bias_ptr, FIRST: gl.constexpr, COLUMNS: gl.constexpr, S: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, project_layout(S, COLUMNS))
+    return gl.load(bias_ptr + FIRST + gl.arange(0, COLUMNS, LAYOUT))
+
+
+@gluon.jit
+def load_biases(bias_ptr, S: gl.constexpr):
+    """[product] for each product."""
+    biases = ()
+    for s in gl.static_range(len(S.products)):
+        biases = biases + (load_bias(bias_ptr, slab_start(S.products, s), S.products[s], S),)
+    return biases
+
+
+@gluon.jit
+def project_pass(
+    block, blocks, first_row, gates, hidden_ring, weight_ring, biases, PASS: gl.constexpr, S: gl.constexpr
+):
     """Sums of the pixels of a pass, [rows, product] for each product."""
     PRODUCTS: gl.constexpr = len(S.products)
     sums = ()
     for s in gl.static_range(PRODUCTS):
-        sums = sums + (zeros(S.rows, S.products[s], gl.float32, project_layout(S, S.products[s])),)
+        none = zeros(S.rows, S.products[s], gl.float32, project_layout(S, S.products[s]))
+        sums = sums + (none + biases[s][None, :],)
     PER_SWEEP: gl.constexpr = S.steps // S.sweeps
     first = block * S.turns
     for sweep in range(0, S.sweeps):
@@ -203,16 +221,15 @@ def slab_index(first):
 
 
 @gluon.jit
-def finish_slab(z, outs, bias_ptr, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
-    """Add bias and input to a pass's sums of output channels, round and write to shared memory."""
+def finish_slab(z, outs, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
+    """Add the input to a pass's sums of output channels, round and write to shared memory."""
     if COLUMNS > 64:
         a, b = split_columns(z)
-        finish_slab(a, outs, bias_ptr, FIRST, COLUMNS // 2, PASS, S)
-        finish_slab(b, outs, bias_ptr, FIRST + COLUMNS // 2, COLUMNS // 2, PASS, S)
+        finish_slab(a, outs, FIRST, COLUMNS // 2, PASS, S)
+        finish_slab(b, outs, FIRST + COLUMNS // 2, COLUMNS // 2, PASS, S)
     else:
         LAYOUT: gl.constexpr = project_layout(S, COLUMNS)
         z = gl.convert_layout(z, LAYOUT, assert_trivial=True)
-        z += gl.load(bias_ptr + FIRST + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT)))[None, :]
         out = outs[slab_index(FIRST)]
         out = out._reinterpret(out.dtype, [S.passes, S.rows, COLUMNS], rows_layout(COLUMNS)).index(PASS)
         if S.residual:
@@ -221,12 +238,16 @@ def finish_slab(z, outs, bias_ptr, FIRST: gl.constexpr, COLUMNS: gl.constexpr, P
 
 
 @gluon.jit
-def project(block, blocks, first_row, gates, hidden_ring, weight_ring, bias_ptr, outs, S: gl.constexpr):
-    """The block's output into `outs`, which hold the input of a residual block.
+def project(
+    block, blocks, first_row, gates, hidden_ring, weight_ring, bias_ptr, biases, outs, S: gl.constexpr
+):
+    """The block's output into `outs`, which hold the input of a residual block. `biases` are those at `bias_ptr`.
 
     A ring is stages in shared memory, a barrier for each, and what brings their data.
     """
     for turn in gl.static_range(fixed(S.passes)):
-        sums = project_pass(block, blocks, first_row, gates, hidden_ring, weight_ring, turn, S)
+        sums = project_pass(block, blocks, first_row, gates, hidden_ring, weight_ring, biases, turn, S)
+        if turn + 1 < S.passes:
+            biases = load_biases(bias_ptr, S)
         for s in gl.static_range(len(S.products)):
-            finish_slab(sums[s], outs, bias_ptr, slab_start(S.products, s), S.products[s], turn, S)
+            finish_slab(sums[s], outs, slab_start(S.products, s), S.products[s], turn, S)

@@ -45,59 +45,34 @@ def activation_text(activation):
 
 @gluon.constexpr_function
 def activate_text(S, dtype):
-    """Outputs: for both groups rows 2 q - 1, 2 q, 2 q + 1, 2 q + 2; with copies for both rows 2 q, 2 q + 1 again.
-
-    Inputs: sums, ones, a mask.
-    """
-    outs = 16 if S.copies else 8
+    """Outputs: for both groups rows 2 q - 1, 2 q, 2 q + 1, 2 q + 2. Inputs: sums, a mask."""
     lanes = 32 // S.bands
     segment = (32 - lanes) << 8
     text = "{ .reg .f32 u, v, s, t; .reg .b32 r, r<4>; .reg .pred p; "
     for i in range(4):
-        low, high = outs + 2 * i, outs + 2 * i + 1
-        text += f"mov.f32 u, ${low}; mov.f32 v, ${high}; {activation_text(S.activation)}"
+        text += f"mov.f32 u, ${8 + 2 * i}; mov.f32 v, ${9 + 2 * i}; {activation_text(S.activation)}"
         text += f"cvt.rn.{type_name(dtype)}x2.f32 r, v, u; movmatrix.sync.aligned.m8n8.trans.b16 r{i}, r; "
         if not S.exact:
-            text += f"and.b32 r{i}, r{i}, ${outs + 16 + 2 * i}; "
+            text += f"and.b32 r{i}, r{i}, ${16 + 2 * i}; "
     for group in range(2):
-        quad, pair = 4 * group, 8 + 2 * group
-        first, second = f"r{group}", f"r{group + 2}"
+        quad, first, second = 4 * group, f"r{group}", f"r{group + 2}"
         text += f"mov.b32 ${quad + 1}, {first}; mov.b32 ${quad + 2}, {second}; "
         text += f"shfl.sync.up.b32 r|p, {second}, 4, {segment}, 0xffffffff; selp.b32 ${quad}, r, 0, p; "
         text += f"shfl.sync.down.b32 r|p, {first}, 4, {segment + 31}, 0xffffffff; selp.b32 ${quad + 3}, r, 0, p; "
-        if S.copies:
-            text += f"and.b32 ${pair}, {first}, ${outs + 8}; and.b32 ${pair + 1}, {second}, ${outs + 8}; "
-            text += f"mov.b32 ${pair + 4}, 0; mov.b32 ${pair + 5}, 0; "
     return text + "}"
 
 
 @gluon.jit
-def activate(sums, ones, mask, dtype: gl.constexpr, S: gl.constexpr):
-    """A tile: rows with their neighbours, and rows alone. Zero outside of the image, as the convolution's padding is.
-
-    Operands of 64 and 128 bits are aligned registers. A copy, made with `ones` so that the compiler takes it for
-    another value, spares it to make one for every product.
-    """
-    if S.copies:
-        return gl.inline_asm_elementwise(
-            activate_text(S, dtype),
-            registers("16r", "8f16r"),
-            [sums, ones, mask],
-            dtype=(gl.int32, gl.int32),
-            is_pure=True,
-            pack=8,
-        )
-    else:
-        tile = gl.inline_asm_elementwise(
-            activate_text(S, dtype), registers("8r", "8f16r"), [sums, ones, mask], dtype=gl.int32, is_pure=True, pack=8
-        )
-        return tile, tile
+def activate(sums, mask, dtype: gl.constexpr, S: gl.constexpr):
+    """A tile: rows with their neighbours. Zero outside of the image, as the convolution's padding is."""
+    return gl.inline_asm_elementwise(
+        activate_text(S, dtype), registers("8r", "8f8r"), [sums, mask], dtype=gl.int32, is_pure=True, pack=8
+    )
 
 
 @gluon.jit
 def no_tile():
-    none = zeros(HIDDEN, TILE, gl.int32, tile_layout())
-    return none, none
+    return zeros(HIDDEN, TILE, gl.int32, tile_layout())
 
 
 @gluon.constexpr_function
@@ -122,8 +97,7 @@ def beside(tile, DIRECTION: gl.constexpr, S: gl.constexpr):
     if S.bands == 1:
         return no_tile()
     else:
-        rows = moved(tile[0], DIRECTION, S)  # of which there are no copies
-        return rows, rows
+        return moved(tile, DIRECTION, S)
 
 
 @gluon.constexpr_function
@@ -152,11 +126,11 @@ def outer_text(dtype):
 
 
 @gluon.constexpr_function
-def same_text(dtype, which, copies):
+def same_text(dtype, which):
     return product_text(
         8,
         dtype,
-        lambda group: range(8 + 2 * group, 10 + 2 * group) if copies else range(9 + 4 * group, 11 + 4 * group),
+        lambda group: range(9 + 4 * group, 11 + 4 * group),
         lambda group: [16 + 2 * which + group],
         lambda group: range(20 + 4 * group, 24 + 4 * group),
     )
@@ -166,17 +140,17 @@ def same_text(dtype, which, copies):
 def outer_taps(tile, taps, sums):
     """Add what the rows above and below of a column give."""
     return gl.inline_asm_elementwise(
-        outer_text(taps.dtype), registers("8f", "12r8f"), [tile[0], taps, sums], dtype=gl.float32, is_pure=True, pack=8
+        outer_text(taps.dtype), registers("8f", "12r8f"), [tile, taps, sums], dtype=gl.float32, is_pure=True, pack=8
     )
 
 
 @gluon.jit
-def same_taps(tile, taps, sums, WHICH: gl.constexpr, S: gl.constexpr):
+def same_taps(tile, taps, sums, WHICH: gl.constexpr):
     """Add what a row gives to itself; `taps` are those of two columns."""
     return gl.inline_asm_elementwise(
-        same_text(taps.dtype, WHICH, S.copies),
+        same_text(taps.dtype, WHICH),
         registers("8f", "12r8f"),
-        [tile[1], taps, sums],
+        [tile, taps, sums],
         dtype=gl.float32,
         is_pure=True,
         pack=8,
@@ -212,22 +186,26 @@ def finish(sums, pool, mask, taps, S: gl.constexpr):
 
 
 @gluon.jit
-def convolve(left, here, right, taps, bias, pool, mask, S: gl.constexpr):
+def convolve(left, here, right, weights, pool, mask, S: gl.constexpr):
     """Hidden channels of a tile after the convolution, from the tiles of three columns, and the pool with them."""
+    taps, bias = weights
     sums = outer_taps(left, taps[0], bias)
-    sums = same_taps(left, taps[3], sums, 0, S)
+    sums = same_taps(left, taps[3], sums, 0)
     sums = outer_taps(here, taps[1], sums)
-    sums = same_taps(here, taps[3], sums, 1, S)
+    sums = same_taps(here, taps[3], sums, 1)
     sums = outer_taps(right, taps[2], sums)
-    sums = same_taps(right, taps[4], sums, 0, S)
+    sums = same_taps(right, taps[4], sums, 0)
     return finish(sums, pool, mask, taps[0], S)
 
 
 @gluon.jit
-def pixel_mask(column, ones, S: gl.constexpr):
-    """[hidden, tile] int32: all bits set in registers that hold pixels of the image, of tile `column`."""
+def pixel_mask(column, S: gl.constexpr):
+    """[hidden, tile] int32: all bits set in registers that hold pixels of the image, of tile `column`.
+
+    Where all do, nobody looks at it.
+    """
     if S.exact:
-        return ones
+        return no_tile()
     else:
         LAYOUT: gl.constexpr = tile_layout()
         g = gl.arange(0, HIDDEN, gl.SliceLayout(1, LAYOUT)) % LANES
@@ -235,3 +213,59 @@ def pixel_mask(column, ones, S: gl.constexpr):
         row = (g % S.pairs * 2)[:, None] + parity[None, :]
         image_column = (column + S.columns * (g // S.pairs))[:, None] + parity[None, :] * 0
         return gl.where((row < S.height) & (image_column < S.width), -1, 0)
+
+
+@gluon.constexpr_function
+def means_text(S, dtype):
+    """Outputs: of both groups two channels in 16 bits, twice. Inputs: the pool."""
+    text = "{ .reg .f32 u, v; "
+    for group in range(2):
+        out, first = 2 * group, 4 + 4 * group
+        text += f"add.f32 u, ${first}, ${first + 2}; add.f32 v, ${first + 1}, ${first + 3}; "
+        text += f"mul.f32 u, u, {S.pixel_share}; mul.f32 v, v, {S.pixel_share}; "
+        text += f"cvt.rn.{type_name(dtype)}x2.f32 ${out}, v, u; mov.b32 ${out + 1}, ${out}; "
+    return text + "}"
+
+
+@gluon.jit
+def means(pool, like, S: gl.constexpr):
+    """A lane's shares of the means over all pixels: a right operand, hidden channels by eight shares to be added; 16 bits as `like`."""
+    return gl.inline_asm_elementwise(
+        means_text(S, like.dtype), registers("4r", "8f"), [pool], dtype=like.dtype, is_pure=True, pack=8
+    )
+
+
+@gluon.constexpr_function
+def add_text(dtype, halves, left_count):
+    right, sums = 8 + left_count, 12 + left_count
+    text = ""
+    for half in range(2):
+        outs, a, c = (
+            ",".join(f"${register}" for register in range(first + 4 * half, first + 4 * half + 4))
+            for first in (0, 8, sums)
+        )
+        if half in halves:
+            types = f"f32.{type_name(dtype)}.{type_name(dtype)}.f32"
+            b = f"${right},${right + 2}"
+            text += f"mma.sync.aligned.m16n8k16.row.col.{types} {{{outs}}}, {{{a}}}, {{{b}}}, {{{c}}}; "
+        else:
+            text += "".join(f"mov.b32 ${4 * half + i}, ${sums + 4 * half + i}; " for i in range(4))
+    return text
+
+
+@gluon.jit
+def add_products(left, right, sums, HALVES: gl.constexpr):
+    """Add products with a right operand `[16, 8]` to one half of the sums or to each, `[16, 8]` for each warp.
+
+    `left` are two operands `[16, 16]` in 32 bits for both halves, or one in 16 bits for the first. `right` is in the
+    first and the third register, the sums are fp32.
+    """
+    COUNT: gl.constexpr = 8 if left.dtype == gl.int32 else 4
+    return gl.inline_asm_elementwise(
+        add_text(right.dtype, HALVES, COUNT),
+        registers("8f", f"{COUNT}r4r8f"),
+        [left, right, sums],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=8,
+    )

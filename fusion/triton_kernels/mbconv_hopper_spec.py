@@ -1,5 +1,6 @@
 """What the phases of the Hopper kernel of the MBConv block share: constants, layouts, weights as threads hold them."""
 
+import struct
 from dataclasses import dataclass
 
 from triton.experimental import gluon
@@ -8,7 +9,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fusion.planner import mbconv_hopper_tile as planned
 from fusion.planner.mbconv_hopper_tile import (
-    GATES,
     LANES,
     ROWS,
     SWEEP,
@@ -44,8 +44,7 @@ class Spec:
     products: tuple[int, ...]
     sweeps: int
     depths: int
-    squeeze: int
-    gates: int
+    squeeze_depths: int
     bands: int
     columns: int
     tiles: int
@@ -100,9 +99,14 @@ class Spec:
         return min(planned.WARPS, self.rows // TILE_PIXELS)
 
     @property
-    def expand_elements(self) -> int:
-        """Of a sweep."""
-        return self.depths * planned.DEPTH_ELEMENTS
+    def pixel_share(self) -> str:
+        """A pixel's share of a mean, as assembly has it."""
+        return "0f" + struct.pack(">f", 1 / (self.height * self.width)).hex()
+
+    @property
+    def squeeze_parts(self) -> int:
+        """Parts of the squeeze vector, of 32 channels."""
+        return -(-self.squeeze_depths // 2)
 
     @property
     def taps_elements(self) -> int:
@@ -112,11 +116,6 @@ class Spec:
     @property
     def taps(self) -> int:
         return TAPS
-
-    @property
-    def gate_count(self) -> int:
-        """Gates that are computed together."""
-        return GATES
 
     @property
     def weight_rows(self) -> int:
@@ -137,11 +136,6 @@ class Spec:
     def at_once(self) -> bool:
         """Whether all tiles of a sweep are expanded together."""
         return self.piece == self.columns
-
-    @property
-    def copies(self) -> bool:
-        """Whether registers are copied for products: tiles that are kept for long are worth it."""
-        return not self.at_once
 
     @property
     def in_place(self) -> bool:
@@ -174,8 +168,7 @@ def constants(
         products=tile.products(width, out_channels),
         sweeps=tile.sweeps(hidden_channels),
         depths=tile.depths(in_channels),
-        squeeze=tile.squeeze(squeeze_channels),
-        gates=tile.gates(hidden_channels),
+        squeeze_depths=tile.squeeze_depths(squeeze_channels),
         bands=tile.bands,
         columns=tile.columns(width),
         tiles=tile.tiles(width),
@@ -226,6 +219,18 @@ def as_fragments(t):
     """[hidden, tile] -> [warps, 32, 8], in the registers' order."""
     fragments = t.reshape((WARPS, 2, 8, 2, 4, 2)).permute((0, 2, 4, 3, 1, 5)).reshape((WARPS, 32, 8))
     return gl.convert_layout(fragments, fragment_layout(), assert_trivial=True)
+
+
+@gluon.jit
+def load_operands(pointer, used, DEPTHS: gl.constexpr, dtype: gl.constexpr):
+    """Left operands of products: of each two [hidden, tile] int32, and of an odd last one 16 bits."""
+    left = ()
+    for i in gl.static_range(DEPTHS // 2):
+        left = left + (as_tile(gl.load(pointer + i * (UNIT * WARPS) + fragment_offsets(UNIT, 32), mask=used, other=0)),)
+    if DEPTHS % 2 == 1:
+        single = (pointer + DEPTHS // 2 * (UNIT * WARPS)).to(gl.pointer_type(dtype), bitcast=True)
+        left = left + (as_tile(gl.load(single + fragment_offsets(UNIT, 32), mask=used, other=0.0)),)
+    return left
 
 
 @gluon.constexpr_function

@@ -43,8 +43,8 @@ TAPS = 5
 """Pieces of a thread's weights of the convolution, 16 bytes each."""
 TAPS_ELEMENTS = TAPS * 8 * 32 * WARPS
 """Of a sweep."""
-PRODUCT_CHANNELS = 128
-"""Output channels that a product projects, if the warps divide the pixels only."""
+PRODUCT_CHANNELS = 256
+"""Output channels that a product projects, at most."""
 PASS_REGISTERS = 192
 """Sums of the projection that a thread holds; of more, two passes are needed, each for half of the pixels."""
 GROUP_REGISTERS = 128
@@ -145,8 +145,7 @@ class MBConvHopperTile:
 
     def products(self, width: int, out_channels: int) -> tuple[int, ...]:
         """Output channels of each product of the projection."""
-        rows = self.pixels(width) // self.passes(width, out_channels)
-        return slab_widths(out_channels, PRODUCT_CHANNELS if rows >= TILE_PIXELS * WARPS else WIDEST)
+        return slab_widths(out_channels, PRODUCT_CHANNELS)
 
     def group(self, width: int, out_channels: int) -> int:
         """Steps of the projection that follow each other without a wait for their products."""

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusion.planner import mbconv_hopper_tile as planned
+from fusion.planner import slabs
 from fusion.planner.mbconv_hopper_tile import BIAS_CHANNELS, MBConvHopperTile
 from fusion.triton_kernels.hopper_layouts import flat_layout, plain_layout, rows_layout
 from fusion.triton_kernels.hopper_parts import (
@@ -39,10 +40,17 @@ from fusion.triton_kernels.hopper_parts import (
 )
 from fusion.triton_kernels.mbconv_hopper_gates import excite
 from fusion.triton_kernels.mbconv_hopper_produce import produce
-from fusion.triton_kernels.mbconv_hopper_project import load_biases, load_hidden, load_weights, project
+from fusion.triton_kernels.mbconv_hopper_project import (
+    expect_hidden,
+    expect_weights,
+    load_biases,
+    load_hidden,
+    load_weights,
+    project,
+)
 from fusion.triton_kernels.mbconv_hopper_spec import (
     HIDDEN,
-    SLAB_WIDTHS,
+    PRODUCT_WIDTHS,
     TILE,
     UNIT,
     WARPS,
@@ -53,6 +61,7 @@ from fusion.triton_kernels.mbconv_hopper_spec import (
 )
 
 BIAS = gl.constexpr(BIAS_CHANNELS)
+WIDEST = gl.constexpr(slabs.WIDEST)
 
 
 @gluon.jit
@@ -61,12 +70,32 @@ def new_slab(SLAB: gl.constexpr, dtype: gl.constexpr, S: gl.constexpr):
     return gl.allocate_shared_memory(dtype, [S.pieces, S.piece_pixels, SLAB], rows_layout(SLAB))
 
 
+@gluon.constexpr_function
+def slabs_together(S, OUT):
+    """Slabs of 64 that lie next to each other, as products of the projection write several at once."""
+    widths = S.out_slabs if OUT else S.in_slabs
+    return widths.count(WIDEST.value) if S.warps_of_rows < WARPS.value else 0
+
+
+@gluon.constexpr_function
+def slabs_apart(S, OUT):
+    return (S.out_slabs if OUT else S.in_slabs)[slabs_together(S, OUT) :]
+
+
 @gluon.jit
-def new_inputs(dtype: gl.constexpr, S: gl.constexpr):
-    xs = ()
-    for s in gl.static_range(len(S.in_slabs)):
-        xs = xs + (new_slab(S.in_slabs[s], dtype, S),)
-    return xs
+def new_slabs(OUT: gl.constexpr, dtype: gl.constexpr, S: gl.constexpr):
+    """Slabs of the input or of the output."""
+    new = ()
+    TOGETHER: gl.constexpr = slabs_together(S, OUT)
+    if TOGETHER > 0:
+        LAYOUT: gl.constexpr = rows_layout(WIDEST)
+        together = gl.allocate_shared_memory(dtype, [TOGETHER * S.pieces, S.piece_pixels, WIDEST], LAYOUT)
+        for s in gl.static_range(TOGETHER):
+            slab = together.index(s * S.pieces)._reinterpret(dtype, [S.pieces, S.piece_pixels, WIDEST], LAYOUT)
+            new = new + (slab,)
+    for s in gl.static_range(len(slabs_apart(S, OUT))):
+        new = new + (new_slab(slabs_apart(S, OUT)[s], dtype, S),)
+    return new
 
 
 @gluon.jit
@@ -75,10 +104,7 @@ def new_outputs(xs, dtype: gl.constexpr, S: gl.constexpr):
     if S.in_place:
         return xs
     else:
-        outs = ()
-        for s in gl.static_range(len(S.out_slabs)):
-            outs = outs + (new_slab(S.out_slabs[s], dtype, S),)
-        return outs
+        return new_slabs(True, dtype, S)
 
 
 @gluon.jit
@@ -131,20 +157,31 @@ def new_bias_input(dtype: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
+def new_weights(dtype: gl.constexpr, S: gl.constexpr):
+    """Stages of the projection's weights, [stages, rows, 64] for each product."""
+    vs = ()
+    for s in gl.static_range(len(S.products)):
+        vs = vs + (gl.allocate_shared_memory(dtype, [S.stages, S.step * S.products[s] // 64, 64], rows_layout(64)),)
+    return vs
+
+
+@gluon.jit
 def new_hidden(dtype: gl.constexpr, S: gl.constexpr):
-    """All hidden channels in shared memory, [sweeps x tiles, warps, 256], or stages [stages x units, rows, 64]."""
+    """All hidden channels in shared memory, [sweeps x tiles, warps, 256], or stages [stages, rows, 64]."""
     if S.resident:
         return gl.allocate_shared_memory(dtype, [S.sweeps * S.tiles, HIDDEN // 16, UNIT], plain_layout(2))
     else:
-        return gl.allocate_shared_memory(dtype, [S.stages * S.units, S.rows // 4, 64], plain_layout(2))
+        return gl.allocate_shared_memory(dtype, [S.stages, S.hidden_rows, 64], flat_layout())
 
 
 @gluon.jit(do_not_specialize=["blocks"])
 def mbconv_hopper_kernel(
     x_ptr,  # [N, H, W, C]
     out_ptr,  # [N, H, W, K]
-    v64_desc,  # fusion.mbconv_hopper_weights.PackedMBConvHopper.project, in boxes of a slab
-    v32_desc,  # None where there is no slab of this width
+    v256_desc,  # fusion.mbconv_hopper_weights.PackedMBConvHopper.project, in boxes of a product
+    v128_desc,  # None where there is no product of this width
+    v64_desc,
+    v32_desc,
     v16_desc,
     hidden_desc,  # the workspace as rows of 64, None if hidden channels stay in shared memory
     expand_ptr,  # U, registers of two products at a time
@@ -161,11 +198,11 @@ def mbconv_hopper_kernel(
 ):
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     OUT: gl.constexpr = slab_start(S.out_slabs, len(S.out_slabs))
-    v_descs = (v64_desc, v32_desc, v16_desc)
+    v_descs = (v256_desc, v128_desc, v64_desc, v32_desc, v16_desc)
     image = gl.program_id(0)
-    xs = new_inputs(dtype, S)
+    xs = new_slabs(False, dtype, S)
     outs = new_outputs(xs, dtype, S)
-    vs = gl.allocate_shared_memory(dtype, [S.stages * S.weight_rows // 8, 8, 64], rows_layout(64))
+    vs = new_weights(dtype, S)
     hidden = new_hidden(dtype, S)
     gates = gl.allocate_shared_memory(dtype, [S.steps, S.step], plain_layout(1))
     vector = gl.allocate_shared_memory(gl.float32, [2 * S.squeeze_parts, 16], plain_layout(1))
@@ -173,6 +210,9 @@ def mbconv_hopper_kernel(
     hidden_ring = (hidden, new_barriers(fixed(S.stages)), hidden_desc)
     xs_and_ones = xs + (new_bias_input(dtype, S),)
     fence_async_shared()
+    gl.thread_barrier()
+    for turn in gl.static_range(fixed(S.stages)):
+        expect_weights(weight_ring, turn, blocks, S)
     gl.thread_barrier()
     for turn in gl.static_range(fixed(S.stages)):
         load_weights(weight_ring, turn, blocks, S)
@@ -192,6 +232,8 @@ def mbconv_hopper_kernel(
         squeezed = produce(xs_and_ones, weights, (ws, hidden), dtype, S)
         if not S.resident:
             fence_async_global()
+            for index in gl.static_range(fixed(S.stages)):
+                expect_hidden(hidden_ring, block * S.turns + index, index, S)
             gl.thread_barrier()
             for index in gl.static_range(fixed(S.stages)):
                 load_hidden(hidden_ring, first_row, block * S.turns + index, index, S)
@@ -224,8 +266,8 @@ def mbconv_hopper_kernel(
 
 def descriptor_boxes(spec: Spec) -> dict[str, list[int]]:
     """What one copy by TMA brings: the box of every descriptor that the kernel needs, by the argument's name."""
-    boxes = {f"v{width}_desc": [spec.step * width // 64, 64] for width in SLAB_WIDTHS if width in spec.out_slabs}
-    return boxes if spec.resident else boxes | {"hidden_desc": [spec.rows // 4, 64]}
+    boxes = {f"v{width}_desc": [spec.step * width // 64, 64] for width in spec.products}
+    return boxes if spec.resident else boxes | {"hidden_desc": [spec.hidden_rows, 64]}
 
 
 def launch(
@@ -270,7 +312,7 @@ def launch(
     elements = 1 if spec.resident else programs * tile.workspace_elements(width, hidden_channels)
     workspace = torch.empty(elements, dtype=x.dtype, device=x.device)
     boxes = descriptor_boxes(spec)
-    rows = {"hidden_desc": workspace, **{f"v{slab}_desc": project for slab in SLAB_WIDTHS}}
+    rows = {"hidden_desc": workspace, **{f"v{width}_desc": project for width in PRODUCT_WIDTHS}}
     descriptors = {name: _rows_descriptor(tensor, boxes.get(name)) for name, tensor in rows.items()}
     for first in range(0, batch, programs):
         images = slice(first, first + programs)

@@ -112,9 +112,10 @@ def tiles_of(sums, piece, dtype: gl.constexpr, S: gl.constexpr):
 
 @gluon.jit
 def store_streamed(y, ws, sweep, column, S: gl.constexpr):
-    """[hidden, tile] to the workspace, as the projection's left operand."""
-    pointer = ws + sweep * (WARPS * S.tiles * UNIT) + column * UNIT
-    gl.store(pointer + fragment_offsets(S.tiles * UNIT, 32), as_fragments(y))
+    """[hidden, tile] to the workspace, as the projection's left operand: [passes, hidden / 16, tiles, 256]."""
+    TILES: gl.constexpr = S.tiles // S.passes
+    pointer = ws + (column // TILES * S.sweeps + sweep) * (WARPS * TILES * UNIT) + column % TILES * UNIT
+    gl.store(pointer + fragment_offsets(TILES * UNIT, 32), as_fragments(y))
 
 
 @gluon.jit

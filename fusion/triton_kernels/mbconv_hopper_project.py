@@ -43,52 +43,54 @@ def hidden_layout(S, shape, tile_dim):
 
 
 @gluon.constexpr_function
-def box_index(width):
-    """Index of the descriptor for slabs of this width, the widest first."""
-    return (64 // width).bit_length() - 1
+def product_index(width):
+    """Index of the descriptor for products of this width, the widest first."""
+    return (256 // width).bit_length() - 1
+
+
+@gluon.jit
+def expect_weights(ring, turn, blocks, S: gl.constexpr):
+    """Say that the projection's weights of a turn of all blocks will come, if there is one."""
+    _, full, _ = ring
+    mbarrier.expect(full.index(turn % S.stages), S.weight_rows * 128, pred=turn < blocks * S.turns)
 
 
 @gluon.jit
 def load_weights(ring, turn, blocks, S: gl.constexpr):
-    """Start to load the projection's weights for a turn of all blocks, if there is one."""
+    """Start to load the weights of a turn."""
     vs, full, descs = ring
-    used = turn < blocks * S.turns
-    barrier = full.index(turn % S.stages)
-    if S.passes == 1:
-        row = turn * S.weight_rows
-    else:
+    row = turn * S.weight_rows
+    if S.passes > 1:
         row = (turn // S.turns * S.steps + turn % S.steps) * S.weight_rows
-    mbarrier.expect(barrier, S.weight_rows * 128, pred=used)
-    for s in gl.static_range(len(S.out_slabs)):
-        first = S.step * slab_start(S.out_slabs, s) // 64
-        desc = descs[box_index(S.out_slabs[s])]
-        target = vs.index((turn % S.stages * S.weight_rows + first) // 8)
-        target = target._reinterpret(vs.dtype, desc.block_shape, desc.layout)
-        tma.async_copy_global_to_shared(desc, [row + first, 0], barrier, target, pred=used)
+    for s in gl.static_range(len(S.products)):
+        desc = descs[product_index(S.products[s])]
+        first = row + S.step * slab_start(S.products, s) // 64
+        barrier, target = full.index(turn % S.stages), vs[s].index(turn % S.stages)
+        target = target._reinterpret(target.dtype, desc.block_shape, desc.layout)
+        tma.async_copy_global_to_shared(desc, [first, 0], barrier, target, pred=turn < blocks * S.turns)
+
+
+@gluon.jit
+def expect_hidden(ring, turn, index, S: gl.constexpr):
+    """Say that the hidden channels of turn `index` of a block will come, if there is one: `turn` of all blocks."""
+    _, full, _ = ring
+    mbarrier.expect(full.index(turn % S.stages), S.hidden_rows * 128, pred=index < S.turns)
 
 
 @gluon.jit
 def load_hidden(ring, first_row, turn, index, S: gl.constexpr):
-    """Start to load hidden channels for turn `index` of a block, if there is one, which is `turn` of all blocks."""
+    """Start to load the hidden channels of a turn."""
     hidden, full, desc = ring
-    used = index < S.turns
-    barrier = full.index(turn % S.stages)
-    UNIT_ROWS: gl.constexpr = S.pixels // 4  # of 64 elements
-    if S.passes == 1:
-        row = first_row + index * (S.units * UNIT_ROWS)
-    else:
-        row = first_row + index % S.steps * (S.units * UNIT_ROWS) + index // S.steps * (S.rows // 4)
-    mbarrier.expect(barrier, S.units * S.rows * 32, pred=used)
-    for u in gl.static_range(fixed(S.units)):
-        target = hidden.index(turn % S.stages * S.units + u)._reinterpret(hidden.dtype, desc.block_shape, desc.layout)
-        tma.async_copy_global_to_shared(desc, [row + u * UNIT_ROWS, 0], barrier, target, pred=used)
+    row = first_row + index * S.hidden_rows
+    barrier, target = full.index(turn % S.stages), hidden.index(turn % S.stages)
+    tma.async_copy_global_to_shared(desc, [row, 0], barrier, target, pred=index < S.turns)
 
 
 @gluon.jit
 def read_streamed(hidden, stage, S: gl.constexpr):
     """[rows, step], left operand."""
     TILES: gl.constexpr = S.rows // TILE
-    y = hidden.index(stage * S.units)._reinterpret(hidden.dtype, [S.units, TILES, UNIT], plain_layout(3))
+    y = hidden.index(stage)._reinterpret(hidden.dtype, [S.units, TILES, UNIT], plain_layout(3))
     y = y.load(hidden_layout(S, [S.units, TILES, UNIT], 1)).reshape((S.units, TILES, 8, 4, 2, 2, 2))
     # Units, tiles, lanes' pixels, lanes' channels, channels + 8, second row of pixels, channel of a pair.
     y = y.permute((1, 5, 2, 0, 4, 3, 6)).reshape((S.rows, S.step))
@@ -127,19 +129,13 @@ def gated(y, gates, step, S: gl.constexpr):
 
 
 @gluon.jit
-def matrix_of(vs, stage, FIRST: gl.constexpr, COLUMNS: gl.constexpr, S: gl.constexpr):
-    """[step, columns] of the projection's weights."""
-    view = vs.index((stage * S.weight_rows + S.step * FIRST // 64) // 8)
-    return view._reinterpret(vs.dtype, [S.step, COLUMNS], rows_layout(min(COLUMNS, 64)))
-
-
-@gluon.jit
 def start_products(y, sums, weight_ring, turn, S: gl.constexpr):
     vs, full, _ = weight_ring
     mbarrier.wait(full.index(turn % S.stages), turn // S.stages & 1)
     next_sums = ()
     for s in gl.static_range(len(S.products)):
-        v = matrix_of(vs, turn % S.stages, slab_start(S.products, s), S.products[s], S)
+        v = vs[s].index(turn % S.stages)
+        v = v._reinterpret(v.dtype, [S.step, S.products[s]], rows_layout(min(S.products[s], 64)))
         left = gl.convert_layout(y, hidden_operand(S, S.products[s]), assert_trivial=True)
         next_sums = next_sums + (warpgroup_mma(left, v, sums[s], is_async=True),)
     return next_sums
@@ -166,10 +162,14 @@ def read_hidden(ring, turn, sweep, STEP: gl.constexpr, PASS: gl.constexpr, S: gl
 @gluon.jit
 def refill(index, first, blocks, first_row, hidden_ring, weight_ring, S: gl.constexpr):
     """The stage of turn `index` of a block, whose products are done, takes a later turn; `first` is the block's."""
-    gl.thread_barrier()
-    load_weights(weight_ring, first + index + S.stages, blocks, S)
+    turn = first + index + S.stages
+    expect_weights(weight_ring, turn, blocks, S)
     if not S.resident:
-        load_hidden(hidden_ring, first_row, first + index + S.stages, index + S.stages, S)
+        expect_hidden(hidden_ring, turn, index + S.stages, S)
+    gl.thread_barrier()
+    load_weights(weight_ring, turn, blocks, S)
+    if not S.resident:
+        load_hidden(hidden_ring, first_row, turn, index + S.stages, S)
 
 
 @gluon.jit
@@ -222,8 +222,11 @@ def slab_index(first):
 
 @gluon.jit
 def finish_slab(z, outs, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
-    """Add the input to a pass's sums of output channels, round and write to shared memory."""
-    if COLUMNS > 64:
+    """Add the input to a pass's sums of output channels, round and write to shared memory.
+
+    Where warps divide the channels, all slabs of a product at once.
+    """
+    if COLUMNS > 64 and S.warps_of_rows == WARPS:
         a, b = split_columns(z)
         finish_slab(a, outs, FIRST, COLUMNS // 2, PASS, S)
         finish_slab(b, outs, FIRST + COLUMNS // 2, COLUMNS // 2, PASS, S)
@@ -231,7 +234,7 @@ def finish_slab(z, outs, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PASS: gl.co
         LAYOUT: gl.constexpr = project_layout(S, COLUMNS)
         z = gl.convert_layout(z, LAYOUT, assert_trivial=True)
         out = outs[slab_index(FIRST)]
-        out = out._reinterpret(out.dtype, [S.passes, S.rows, COLUMNS], rows_layout(COLUMNS)).index(PASS)
+        out = out._reinterpret(out.dtype, [S.passes, S.rows, COLUMNS], rows_layout(min(COLUMNS, 64))).index(PASS)
         if S.residual:
             z += out.load(LAYOUT).to(gl.float32)
         out.store(z.to(out.dtype))

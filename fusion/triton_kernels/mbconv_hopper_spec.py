@@ -25,8 +25,9 @@ TILE = gl.constexpr(TILE_PIXELS)
 """Pixels of a tile."""
 UNIT = gl.constexpr(256)
 """Elements of 16 hidden channels of a tile."""
-SLAB_WIDTHS = (64, 32, 16)
-"""Of the projection's weights: for each there may be a descriptor."""
+
+PRODUCT_WIDTHS = (256, 128, 64, 32, 16)
+"""Of the projection's products: for each there may be a descriptor of the weights."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ class Spec:
     def weight_rows(self) -> int:
         """Rows of 64 of the projection's packed weights, of a step."""
         return self.step * sum(self.out_slabs) // 64
+
+    @property
+    def hidden_rows(self) -> int:
+        """Rows of 64 of the workspace, of a step and a pass."""
+        return self.step * self.rows // 64
 
     @property
     def pairs(self) -> int:

@@ -33,6 +33,8 @@ MAX_TILES_AT_ONCE = 4
 BANDS = (1, 2, 4, 8)
 PIECES = (1, 2, MAX_TILES_AT_ONCE)
 STEPS = (32, 64)
+MIN_STAGES = 2
+"""A stage is filled again only after the products of the next one have started."""
 MAX_STAGES = 8
 FEW_STAGES = 4
 BIAS_CHANNELS = 16
@@ -48,7 +50,7 @@ PRODUCT_CHANNELS = 256
 PASS_REGISTERS = 192
 """Sums of the projection that a thread holds; of more, two passes are needed, each for half of the pixels."""
 GROUP_REGISTERS = 128
-"""Sums up to which there is room for the operands of four steps that follow each other without a wait."""
+"""Sums up to which there is room for the operands of several steps that follow each other without a wait."""
 LOCAL_MEMORY_BYTES = 227 * 1024
 COMPILER_BYTES = 512
 """Shared memory for barriers and alignment, at most."""
@@ -147,15 +149,19 @@ class MBConvHopperTile:
         """Output channels of each product of the projection."""
         return slab_widths(out_channels, PRODUCT_CHANNELS)
 
+    def reads_ahead(self, width: int, out_channels: int) -> bool:
+        """Whether a thread has room for the operands of several steps of the projection."""
+        rows = self.pixels(width) // self.passes(width, out_channels)
+        return rows * sum(self.out_slabs(out_channels)) // (32 * WARPS) <= GROUP_REGISTERS
+
     def group(self, width: int, out_channels: int) -> int:
         """Steps of the projection that follow each other without a wait for their products."""
-        rows = self.pixels(width) // self.passes(width, out_channels)
-        sums = rows * sum(self.out_slabs(out_channels)) // (32 * WARPS)
-        return 4 if self.step == min(STEPS) and sums <= GROUP_REGISTERS else 2
+        return 4 if self.step == min(STEPS) and self.reads_ahead(width, out_channels) else 2
 
     def input_bytes(self, width: int, in_channels: int) -> int:
-        """The input in shared memory, and the constant one."""
-        return 2 * self.pixels(width) * (sum(self.in_slabs(in_channels)) + BIAS_CHANNELS)
+        """The input in shared memory, and a piece of the constant one."""
+        channels = self.pixels(width) * sum(self.in_slabs(in_channels))
+        return 2 * (channels + TILE_PIXELS * self.piece * BIAS_CHANNELS)
 
     def output_bytes(self, width: int, in_channels: int, out_channels: int) -> int:
         """The output in shared memory, unless it takes the place of the input."""
@@ -167,15 +173,35 @@ class MBConvHopperTile:
         """Stages of the projection's weights."""
         return 2 * self.stages * self.step * sum(self.out_slabs(out_channels))
 
-    def hidden_bytes(self, width: int, hidden_channels: int, out_channels: int, resident: bool) -> int:
-        """Hidden channels in shared memory: all of them, or stages on their way back from global memory."""
-        if resident:
-            return 2 * self.pixels(width) * self.padded_hidden(hidden_channels)
-        return 2 * self.stages * self.step * self.pixels(width) // self.passes(width, out_channels)
+    def gate_bytes(self, hidden_channels: int, out_channels: int, squeeze_channels: int) -> int:
+        """Gates in 16 bits; in fp32 biases, the squeeze vector, and its shares of all warps while they are added."""
+        biases = _power_of_two(sum(self.out_slabs(out_channels)))
+        squeeze = max(32, _power_of_two(16 * self.squeeze_depths(squeeze_channels)))
+        return 2 * self.padded_hidden(hidden_channels) + 4 * (biases + (1 + WARPS) * squeeze)
 
-    def gate_bytes(self, hidden_channels: int, squeeze_channels: int) -> int:
-        """Gates in 16 bits, the squeeze vector in fp32, and its shares of all warps while they are added."""
-        return 2 * self.padded_hidden(hidden_channels) + 4 * (1 + WARPS) * 32 * ceil(squeeze_channels / 32)
+    def fixed_bytes(
+        self, width: int, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
+    ) -> int:
+        """Shared memory of a program, but for hidden channels."""
+        return (
+            self.input_bytes(width, in_channels)
+            + self.output_bytes(width, in_channels, out_channels)
+            + self.weight_bytes(out_channels)
+            + self.gate_bytes(hidden_channels, out_channels, squeeze_channels)
+            + COMPILER_BYTES
+        )
+
+    def hidden_stage_bytes(self, width: int, out_channels: int) -> int:
+        """Hidden channels of a step on their way back from global memory."""
+        return 2 * self.step * self.pixels(width) // self.passes(width, out_channels)
+
+    def hidden_stages(
+        self, width: int, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
+    ) -> int:
+        """Steps whose hidden channels are on their way together, if they do not stay: as many as have room."""
+        fixed = self.fixed_bytes(width, in_channels, hidden_channels, out_channels, squeeze_channels)
+        room = (LOCAL_MEMORY_BYTES - fixed) // self.hidden_stage_bytes(width, out_channels)
+        return max(MIN_STAGES, min(MAX_STAGES, room))
 
     def memory_bytes(
         self,
@@ -187,14 +213,12 @@ class MBConvHopperTile:
         resident: bool,
     ) -> int:
         """Shared memory of a program, with all hidden channels in it or not."""
-        return (
-            self.input_bytes(width, in_channels)
-            + self.output_bytes(width, in_channels, out_channels)
-            + self.weight_bytes(out_channels)
-            + self.hidden_bytes(width, hidden_channels, out_channels, resident)
-            + self.gate_bytes(hidden_channels, squeeze_channels)
-            + COMPILER_BYTES
-        )
+        sizes = width, in_channels, hidden_channels, out_channels, squeeze_channels
+        if resident:
+            hidden = 2 * self.pixels(width) * self.padded_hidden(hidden_channels)
+        else:
+            hidden = self.hidden_stages(*sizes) * self.hidden_stage_bytes(width, out_channels)
+        return self.fixed_bytes(*sizes) + hidden
 
     def is_resident(
         self, width: int, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
@@ -239,8 +263,8 @@ def why_malformed(tile: MBConvHopperTile) -> str | None:
     for name, values in (("bands", BANDS), ("piece", PIECES), ("step", STEPS)):
         if getattr(tile, name) not in values:
             return f"{name}={getattr(tile, name)} is not one of {', '.join(map(str, values))}"
-    if not 2 <= tile.stages <= MAX_STAGES:
-        return f"stages={tile.stages} is not between 2 and {MAX_STAGES}"
+    if not MIN_STAGES <= tile.stages <= MAX_STAGES:
+        return f"stages={tile.stages} is not between {MIN_STAGES} and {MAX_STAGES}"
     return None
 
 
@@ -354,6 +378,11 @@ def is_resident(tile: MBConvHopperTile, shape: MBConvShape) -> bool:
     return tile.is_resident(*_sizes(shape))
 
 
+def _power_of_two(size: int) -> int:
+    """The least that is not smaller."""
+    return 1 << (size - 1).bit_length()
+
+
 def _sizes(shape: MBConvShape) -> tuple[int, int, int, int, int]:
     return shape.width, shape.in_channels, shape.hidden_channels, shape.out_channels, shape.squeeze_channels
 
@@ -361,7 +390,7 @@ def _sizes(shape: MBConvShape) -> tuple[int, int, int, int, int]:
 def _candidates(shape: MBConvShape) -> Iterator[list[MBConvHopperTile]]:
     """For each division of an image and each step, tiles with ever fewer stages."""
     for (bands, piece), step in product(_divisions(shape.height, shape.width), STEPS):
-        yield [MBConvHopperTile(bands, piece, step, stages) for stages in range(MAX_STAGES, 1, -1)]
+        yield [MBConvHopperTile(bands, piece, step, stages) for stages in range(MAX_STAGES, MIN_STAGES - 1, -1)]
 
 
 def _divisions(height: int, width: int) -> Iterator[tuple[int, int]]:

@@ -43,7 +43,6 @@ from fusion.triton_kernels.mbconv_hopper_produce import produce
 from fusion.triton_kernels.mbconv_hopper_project import (
     expect_hidden,
     expect_weights,
-    load_biases,
     load_hidden,
     load_weights,
     project,
@@ -148,11 +147,11 @@ def store_output(out_ptr, outs, image, S: gl.constexpr):
 
 @gluon.jit
 def new_bias_input(dtype: gl.constexpr, S: gl.constexpr):
-    """What the expansion's bias is multiplied by: ones in two channels, for the bias and the rest of its rounding."""
-    slab = new_slab(BIAS, dtype, S)
-    value = zeros(S.pixels, BIAS, gl.float32, copy_layout(BIAS))
+    """A piece that the expansion's bias is multiplied by: ones in two channels, for the bias and its rounding's rest."""
+    slab = gl.allocate_shared_memory(dtype, [1, S.piece_pixels, BIAS], rows_layout(BIAS))
+    value = zeros(S.piece_pixels, BIAS, gl.float32, copy_layout(BIAS))
     value += gl.where(gl.arange(0, BIAS, gl.SliceLayout(0, copy_layout(BIAS))) < 2, 1.0, 0.0)[None, :]
-    pixels_of(slab, BIAS, S).store(value.to(dtype))
+    slab.index(0).store(value.to(dtype))
     return slab
 
 
@@ -167,11 +166,11 @@ def new_weights(dtype: gl.constexpr, S: gl.constexpr):
 
 @gluon.jit
 def new_hidden(dtype: gl.constexpr, S: gl.constexpr):
-    """All hidden channels in shared memory, [sweeps x tiles, warps, 256], or stages [stages, rows, 64]."""
+    """All hidden channels in shared memory, [sweeps x tiles, warps, 256], or stages [hidden stages, rows, 64]."""
     if S.resident:
         return gl.allocate_shared_memory(dtype, [S.sweeps * S.tiles, HIDDEN // 16, UNIT], plain_layout(2))
     else:
-        return gl.allocate_shared_memory(dtype, [S.stages, S.hidden_rows, 64], flat_layout())
+        return gl.allocate_shared_memory(dtype, [S.hidden_stages, S.hidden_rows, 64], flat_layout())
 
 
 @gluon.jit(do_not_specialize=["blocks"])
@@ -205,9 +204,10 @@ def mbconv_hopper_kernel(
     vs = new_weights(dtype, S)
     hidden = new_hidden(dtype, S)
     gates = gl.allocate_shared_memory(dtype, [S.steps, S.step], plain_layout(1))
-    vector = gl.allocate_shared_memory(gl.float32, [2 * S.squeeze_parts, 16], plain_layout(1))
+    vector = gl.allocate_shared_memory(gl.float32, [S.squeeze_room], plain_layout(1))
+    biases = gl.allocate_shared_memory(gl.float32, [S.bias_room], plain_layout(1))
     weight_ring = (vs, new_barriers(fixed(S.stages)), v_descs)
-    hidden_ring = (hidden, new_barriers(fixed(S.stages)), hidden_desc)
+    hidden_ring = (hidden, new_barriers(fixed(S.hidden_stages)), hidden_desc)
     xs_and_ones = xs + (new_bias_input(dtype, S),)
     fence_async_shared()
     gl.thread_barrier()
@@ -232,33 +232,23 @@ def mbconv_hopper_kernel(
         squeezed = produce(xs_and_ones, weights, (ws, hidden), dtype, S)
         if not S.resident:
             fence_async_global()
-            for index in gl.static_range(fixed(S.stages)):
+            for index in gl.static_range(fixed(S.hidden_stages)):
                 expect_hidden(hidden_ring, block * S.turns + index, index, S)
             gl.thread_barrier()
-            for index in gl.static_range(fixed(S.stages)):
+            for index in gl.static_range(fixed(S.hidden_stages)):
                 load_hidden(hidden_ring, first_row, block * S.turns + index, index, S)
-        biases = load_biases(project_bias_ptr + block * OUT, S)
         excite(
             squeezed,
             vector,
             gates,
+            biases,
             squeeze_bias_ptr + block * (16 * S.squeeze_depths),
             excite_ptr + block * (S.sweeps * S.squeeze_depths * UNIT * WARPS // 2),
             excite_bias_ptr + block * S.hidden,
-            S,
-        )
-        project(
-            block,
-            blocks,
-            first_row,
-            gates,
-            hidden_ring,
-            weight_ring,
             project_bias_ptr + block * OUT,
-            biases,
-            outs,
             S,
         )
+        project(block, blocks, first_row, gates, biases, hidden_ring, weight_ring, outs, S)
         fence_async_shared()
         gl.thread_barrier()
     store_output(out_ptr, outs, image, S)

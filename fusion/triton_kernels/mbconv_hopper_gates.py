@@ -4,11 +4,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fusion.triton_kernels.hopper_layouts import plain_layout
-from fusion.triton_kernels.hopper_parts import fixed, zeros
+from fusion.triton_kernels.hopper_parts import fixed, join_columns, zeros
 from fusion.triton_kernels.mbconv_hopper_registers import add_products
 from fusion.triton_kernels.mbconv_hopper_spec import HIDDEN, TILE, UNIT, WARPS, load_operands, tile_layout
 
-AHEAD_REGISTERS = 64
+AHEAD_REGISTERS = 96
 """Of a thread, for excite weights on their way together."""
 
 
@@ -26,18 +26,35 @@ def load_excite(excite_ptr, sweep, dtype: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def store_vector(squeezed, vector, S: gl.constexpr):
-    """The squeeze vector without its bias, [2 parts, 16], from each warp's shares."""
-    for part in gl.static_range(fixed(S.squeeze_parts)):
+def share_of(squeezed, part, S: gl.constexpr):
+    """[warps, 32] of the squeeze vector, zero beyond the last part."""
+    if part < S.squeeze_parts:
         # Warps, halves of 16 channels, 8 channels, which 16 of 32, shares.
-        shares = squeezed[part].reshape((WARPS, 2, 8, 2, 8))
-        sums = gl.sum(gl.sum(shares, axis=4), axis=0).permute((2, 0, 1)).reshape((32,))
-        vector.index(2 * part)._reinterpret(gl.float32, [32], plain_layout(1)).store(sums)
+        shares = gl.sum(squeezed[part].reshape((WARPS, 2, 8, 2, 8)), axis=4)
+    else:
+        shares = gl.sum(zeros(HIDDEN, TILE, gl.float32, tile_layout()).reshape((WARPS, 2, 8, 2, 8)), axis=4)
+    return shares.permute((0, 3, 1, 2)).reshape((WARPS, 32))
 
 
 @gluon.jit
-def excite(squeezed, vector, gates, squeeze_bias_ptr, excite_ptr, excite_bias_ptr, S: gl.constexpr):
-    """Gates of all hidden channels, from each warp's shares of the squeeze vector.
+def shares_of(squeezed, FIRST: gl.constexpr, COUNT: gl.constexpr, S: gl.constexpr):
+    """[warps, 32 count]"""
+    if COUNT == 1:
+        return share_of(squeezed, FIRST, S)
+    else:
+        half: gl.constexpr = COUNT // 2
+        return join_columns(shares_of(squeezed, FIRST, half, S), shares_of(squeezed, FIRST + half, half, S))
+
+
+@gluon.constexpr_function
+def bias_layout():
+    """[output channels]"""
+    return gl.BlockedLayout([1], [32], [WARPS.value], [0])
+
+
+@gluon.jit
+def excite(squeezed, vector, gates, biases, squeeze_bias_ptr, excite_ptr, excite_bias_ptr, project_bias_ptr, S: gl.constexpr):
+    """Gates of all hidden channels, from each warp's shares of the squeeze vector; and biases of the projection.
 
     All loads but the last weights' start before anything waits for another warp. The vector is a right operand whose
     columns are all the same, and so are the columns of the products.
@@ -49,18 +66,21 @@ def excite(squeezed, vector, gates, squeeze_bias_ptr, excite_ptr, excite_bias_pt
     weights = ()
     for sweep in gl.static_range(AHEAD):
         weights = weights + (load_excite(excite_ptr, sweep, dtype, S),)
-    biases = ()
+    excite_biases = ()
     for sweep in gl.static_range(fixed(S.sweeps)):
-        biases = biases + (gl.load(excite_bias_ptr + sweep * HIDDEN + gl.arange(0, HIDDEN, ROWS)),)
+        excite_biases = excite_biases + (gl.load(excite_bias_ptr + sweep * HIDDEN + gl.arange(0, HIDDEN, ROWS)),)
     squeeze_biases = ()
     for depth in gl.static_range(fixed(S.squeeze_depths)):
         squeeze_biases = squeeze_biases + (gl.load(squeeze_bias_ptr + depth * 16 + gl.arange(0, 16, COLUMNS)),)
-    store_vector(squeezed, vector, S)
+    channel = gl.arange(0, biases.shape[0], bias_layout())
+    project_bias = gl.load(project_bias_ptr + channel, mask=channel < S.out_channels, other=0.0)
+    vector.store(gl.sum(shares_of(squeezed, 0, vector.shape[0] // 32, S), axis=0))
+    biases.store(project_bias)
     gl.thread_barrier()
     like = zeros(HIDDEN, TILE, dtype, tile_layout())
     right = ()
     for depth in gl.static_range(fixed(S.squeeze_depths)):
-        part = gl.maximum(vector.index(depth).load(COLUMNS) + squeeze_biases[depth], 0.0).to(dtype)
+        part = gl.maximum(vector.slice(16 * depth, 16).load(COLUMNS) + squeeze_biases[depth], 0.0).to(dtype)
         part, _ = gl.broadcast(part[None, :], like)
         right = right + (part,)
     for sweep in gl.static_range(fixed(S.sweeps)):
@@ -69,7 +89,7 @@ def excite(squeezed, vector, gates, squeeze_bias_ptr, excite_ptr, excite_bias_pt
             sums = add_products(weights[sweep][depth // 2], right[depth], sums, fixed((depth % 2,)))
         if sweep + AHEAD < S.sweeps:
             weights = weights + (load_excite(excite_ptr, sweep + AHEAD, dtype, S),)
-        gate = gl.sum(sums, axis=1) * 0.125 + biases[sweep]
+        gate = gl.sum(sums, axis=1) * 0.125 + excite_biases[sweep]
         gate = 1.0 / (1.0 + gl.exp(-gate))
         view = gates.index(sweep * HIDDEN // S.step)
         view._reinterpret(dtype, [HIDDEN], plain_layout(1)).store(gate.to(dtype))

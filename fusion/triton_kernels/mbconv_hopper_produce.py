@@ -87,11 +87,12 @@ def left_operands(left, like, S: gl.constexpr):
 
 @gluon.jit
 def start_expand(operands, xs, piece, S: gl.constexpr):
-    """[hidden, pixels of a piece]"""
+    """[hidden, pixels of a piece]; the last of `xs` is one piece of the constant one."""
+    SLABS: gl.constexpr = len(S.in_slabs)
     sums = zeros(HIDDEN, TILE * S.piece, gl.float32, expand_layout(S))
-    for s in gl.static_range(len(S.in_slabs) + 1):
+    for s in gl.static_range(SLABS):
         sums = warpgroup_mma(operands[s], xs[s].index(piece).permute((1, 0)), sums, use_acc=s > 0, is_async=True)
-    return sums
+    return warpgroup_mma(operands[SLABS], xs[SLABS].index(0).permute((1, 0)), sums, is_async=True)
 
 
 @gluon.jit

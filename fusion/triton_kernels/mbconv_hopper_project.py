@@ -74,7 +74,7 @@ def load_weights(ring, turn, blocks, S: gl.constexpr):
 def expect_hidden(ring, turn, index, S: gl.constexpr):
     """Say that the hidden channels of turn `index` of a block will come, if there is one: `turn` of all blocks."""
     _, full, _ = ring
-    mbarrier.expect(full.index(turn % S.stages), S.hidden_rows * 128, pred=index < S.turns)
+    mbarrier.expect(full.index(turn % S.hidden_stages), S.hidden_rows * 128, pred=index < S.turns)
 
 
 @gluon.jit
@@ -82,7 +82,7 @@ def load_hidden(ring, first_row, turn, index, S: gl.constexpr):
     """Start to load the hidden channels of a turn."""
     hidden, full, desc = ring
     row = first_row + index * S.hidden_rows
-    barrier, target = full.index(turn % S.stages), hidden.index(turn % S.stages)
+    barrier, target = full.index(turn % S.hidden_stages), hidden.index(turn % S.hidden_stages)
     tma.async_copy_global_to_shared(desc, [row, 0], barrier, target, pred=index < S.turns)
 
 
@@ -129,6 +129,20 @@ def gated(y, gates, step, S: gl.constexpr):
 
 
 @gluon.jit
+def read_gated(ring, gates, first, sweep, STEP: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
+    """[rows, step], left operand, of step `STEP` of a sweep."""
+    hidden, full, _ = ring
+    step = sweep * (S.steps // S.sweeps) + STEP
+    if S.resident:
+        y = read_resident(hidden, sweep, STEP, PASS, S)
+    else:
+        turn = first + PASS * S.steps + step
+        mbarrier.wait(full.index(turn % S.hidden_stages), turn // S.hidden_stages & 1)
+        y = read_streamed(hidden, turn % S.hidden_stages, S)
+    return gated(y, gates, step, S)
+
+
+@gluon.jit
 def start_products(y, sums, weight_ring, turn, S: gl.constexpr):
     vs, full, _ = weight_ring
     mbarrier.wait(full.index(turn % S.stages), turn // S.stages & 1)
@@ -149,62 +163,45 @@ def wait_products(sums, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def read_hidden(ring, turn, sweep, STEP: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
-    """[rows, step], left operand, of step `STEP` of a sweep."""
-    hidden, full, _ = ring
-    if S.resident:
-        return read_resident(hidden, sweep, STEP, PASS, S)
-    else:
-        mbarrier.wait(full.index(turn % S.stages), turn // S.stages & 1)
-        return read_streamed(hidden, turn % S.stages, S)
-
-
-@gluon.jit
 def refill(index, first, blocks, first_row, hidden_ring, weight_ring, S: gl.constexpr):
-    """The stage of turn `index` of a block, whose products are done, takes a later turn; `first` is the block's."""
-    turn = first + index + S.stages
+    """The stages of turn `index` of a block, whose products are done, take later turns; `first` is the block's."""
+    turn, later = first + index + S.stages, index + S.hidden_stages
     expect_weights(weight_ring, turn, blocks, S)
     if not S.resident:
-        expect_hidden(hidden_ring, turn, index + S.stages, S)
+        expect_hidden(hidden_ring, first + later, later, S)
     gl.thread_barrier()
     load_weights(weight_ring, turn, blocks, S)
     if not S.resident:
-        load_hidden(hidden_ring, first_row, turn, index + S.stages, S)
+        load_hidden(hidden_ring, first_row, first + later, later, S)
 
 
 @gluon.jit
-def load_bias(bias_ptr, FIRST: gl.constexpr, COLUMNS: gl.constexpr, S: gl.constexpr):
-    LAYOUT: gl.constexpr = gl.SliceLayout(0, project_layout(S, COLUMNS))
-    return gl.load(bias_ptr + FIRST + gl.arange(0, COLUMNS, LAYOUT))
-
-
-@gluon.jit
-def load_biases(bias_ptr, S: gl.constexpr):
-    """[product] for each product."""
-    biases = ()
-    for s in gl.static_range(len(S.products)):
-        biases = biases + (load_bias(bias_ptr, slab_start(S.products, s), S.products[s], S),)
-    return biases
+def first_sums(biases, FIRST: gl.constexpr, COLUMNS: gl.constexpr, S: gl.constexpr):
+    """[rows, product] of biases."""
+    LAYOUT: gl.constexpr = project_layout(S, COLUMNS)
+    bias = biases.slice(FIRST, COLUMNS).load(gl.SliceLayout(0, LAYOUT))
+    return zeros(S.rows, COLUMNS, gl.float32, LAYOUT) + bias[None, :]
 
 
 @gluon.jit
 def project_pass(
-    block, blocks, first_row, gates, hidden_ring, weight_ring, biases, PASS: gl.constexpr, S: gl.constexpr
+    block, blocks, first_row, gates, biases, hidden_ring, weight_ring, PASS: gl.constexpr, S: gl.constexpr
 ):
     """Sums of the pixels of a pass, [rows, product] for each product."""
     PRODUCTS: gl.constexpr = len(S.products)
     sums = ()
     for s in gl.static_range(PRODUCTS):
-        none = zeros(S.rows, S.products[s], gl.float32, project_layout(S, S.products[s]))
-        sums = sums + (none + biases[s][None, :],)
+        sums = sums + (first_sums(biases, slab_start(S.products, s), S.products[s], S),)
     PER_SWEEP: gl.constexpr = S.steps // S.sweeps
     first = block * S.turns
     for sweep in range(0, S.sweeps):
         for i in gl.static_range(PER_SWEEP):
-            step = sweep * PER_SWEEP + i
-            index = PASS * S.steps + step
-            y = gated(read_hidden(hidden_ring, first + index, sweep, i, PASS, S), gates, step, S)
+            index = PASS * S.steps + sweep * PER_SWEEP + i
+            if i == 0 or not S.reads_ahead:
+                y = read_gated(hidden_ring, gates, first, sweep, i, PASS, S)
             sums = start_products(y, sums, weight_ring, first + index, S)
+            if i + 1 < PER_SWEEP and S.reads_ahead:
+                y = read_gated(hidden_ring, gates, first, sweep, i + 1, PASS, S)
             if i % S.group > 0:
                 sums = wait_products(sums, PRODUCTS)
                 refill(index - 1, first, blocks, first_row, hidden_ring, weight_ring, S)
@@ -241,16 +238,12 @@ def finish_slab(z, outs, FIRST: gl.constexpr, COLUMNS: gl.constexpr, PASS: gl.co
 
 
 @gluon.jit
-def project(
-    block, blocks, first_row, gates, hidden_ring, weight_ring, bias_ptr, biases, outs, S: gl.constexpr
-):
-    """The block's output into `outs`, which hold the input of a residual block. `biases` are those at `bias_ptr`.
+def project(block, blocks, first_row, gates, biases, hidden_ring, weight_ring, outs, S: gl.constexpr):
+    """The block's output into `outs`, which hold the input of a residual block.
 
     A ring is stages in shared memory, a barrier for each, and what brings their data.
     """
     for turn in gl.static_range(fixed(S.passes)):
-        sums = project_pass(block, blocks, first_row, gates, hidden_ring, weight_ring, biases, turn, S)
-        if turn + 1 < S.passes:
-            biases = load_biases(bias_ptr, S)
+        sums = project_pass(block, blocks, first_row, gates, biases, hidden_ring, weight_ring, turn, S)
         for s in gl.static_range(len(S.products)):
             finish_slab(sums[s], outs, slab_start(S.products, s), S.products[s], turn, S)

@@ -52,8 +52,10 @@ class Spec:
     piece: int
     step: int
     stages: int
+    hidden_stages: int
     passes: int
     group: int
+    reads_ahead: bool
     resident: bool
 
     @property
@@ -98,6 +100,16 @@ class Spec:
     def warps_of_rows(self) -> int:
         """Warps that divide the pixels of a pass; the others divide output channels."""
         return min(planned.WARPS, self.rows // TILE_PIXELS)
+
+    @property
+    def squeeze_room(self) -> int:
+        """Length of the squeeze vector in shared memory, a power of two."""
+        return max(32, 1 << (16 * self.squeeze_depths - 1).bit_length())
+
+    @property
+    def bias_room(self) -> int:
+        """Length of the output's bias in shared memory, a power of two."""
+        return 1 << (sum(self.out_slabs) - 1).bit_length()
 
     @property
     def pixel_share(self) -> str:
@@ -181,8 +193,10 @@ def constants(
         piece=tile.piece,
         step=tile.step,
         stages=tile.stages,
+        hidden_stages=tile.hidden_stages(width, in_channels, hidden_channels, out_channels, squeeze_channels),
         passes=tile.passes(width, out_channels),
         group=tile.group(width, out_channels),
+        reads_ahead=tile.reads_ahead(width, out_channels),
         resident=tile.is_resident(width, in_channels, hidden_channels, out_channels, squeeze_channels),
     )
 

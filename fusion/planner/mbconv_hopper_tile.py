@@ -151,12 +151,16 @@ class MBConvHopperTile:
 
     def reads_ahead(self, width: int, out_channels: int) -> bool:
         """Whether a thread has room for the operands of several steps of the projection."""
-        rows = self.pixels(width) // self.passes(width, out_channels)
-        return rows * sum(self.out_slabs(out_channels)) // (32 * WARPS) <= GROUP_REGISTERS
+        return self._sum_registers(width, out_channels) <= GROUP_REGISTERS
 
     def group(self, width: int, out_channels: int) -> int:
         """Steps of the projection that follow each other without a wait for their products."""
         return 4 if self.step == min(STEPS) and self.reads_ahead(width, out_channels) else 2
+
+    def _sum_registers(self, width: int, out_channels: int) -> int:
+        """Sums of the projection that a thread holds."""
+        rows = self.pixels(width) // self.passes(width, out_channels)
+        return rows * sum(self.out_slabs(out_channels)) // (32 * WARPS)
 
     def input_bytes(self, width: int, in_channels: int) -> int:
         """The input in shared memory, and a piece of the constant one."""
@@ -177,7 +181,8 @@ class MBConvHopperTile:
         """Gates in 16 bits; in fp32 biases, the squeeze vector, and its shares of all warps while they are added."""
         biases = _power_of_two(sum(self.out_slabs(out_channels)))
         squeeze = max(32, _power_of_two(16 * self.squeeze_depths(squeeze_channels)))
-        return 2 * self.padded_hidden(hidden_channels) + 4 * (biases + (1 + WARPS) * squeeze)
+        gates = _power_of_two(self.padded_hidden(hidden_channels))
+        return 2 * gates + 4 * (biases + (1 + WARPS) * squeeze)
 
     def fixed_bytes(
         self, width: int, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int

@@ -39,7 +39,7 @@ from fusion.triton_kernels.hopper_parts import (
     zeros,
 )
 from fusion.triton_kernels.mbconv_hopper_gates import excite
-from fusion.triton_kernels.mbconv_hopper_produce import produce
+from fusion.triton_kernels.mbconv_hopper_produce import load_left, produce
 from fusion.triton_kernels.mbconv_hopper_project import (
     expect_hidden,
     expect_weights,
@@ -165,12 +165,25 @@ def new_weights(dtype: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
+def new_resident(dtype: gl.constexpr, S: gl.constexpr):
+    SHAPE: gl.constexpr = [S.sweeps // S.together * S.tiles, WARPS, UNIT]
+    return gl.allocate_shared_memory(dtype, SHAPE, plain_layout(2))
+
+
+@gluon.jit
 def new_hidden(dtype: gl.constexpr, S: gl.constexpr):
-    """All hidden channels in shared memory, [sweeps x tiles, warps, 256], or stages [hidden stages, rows, 64]."""
+    """Hidden channels in shared memory, for each of the sweeps that are together.
+
+    All of them, [turns x tiles, warps, 256], or stages for what comes back from the workspace, [stages, rows, 64].
+    """
     if S.resident:
-        return gl.allocate_shared_memory(dtype, [S.sweeps * S.tiles, HIDDEN // 16, UNIT], plain_layout(2))
+        new = ()
+        for _ in gl.static_range(fixed(S.together)):
+            new = new + (new_resident(dtype, S),)
+        return new
     else:
-        return gl.allocate_shared_memory(dtype, [S.hidden_stages, S.hidden_rows, 64], flat_layout())
+        stages = gl.allocate_shared_memory(dtype, [S.hidden_stages, S.hidden_rows, 64], flat_layout())
+        return stages, stages
 
 
 @gluon.jit(do_not_specialize=["blocks"])
@@ -203,7 +216,7 @@ def mbconv_hopper_kernel(
     outs = new_outputs(xs, dtype, S)
     vs = new_weights(dtype, S)
     hidden = new_hidden(dtype, S)
-    gates = gl.allocate_shared_memory(dtype, [S.steps, S.step], plain_layout(1))
+    gates = gl.allocate_shared_memory(dtype, [S.gate_room // S.step, S.step], plain_layout(1))
     vector = gl.allocate_shared_memory(gl.float32, [S.squeeze_room], plain_layout(1))
     biases = gl.allocate_shared_memory(gl.float32, [S.bias_room], plain_layout(1))
     weight_ring = (vs, new_barriers(fixed(S.stages)), v_descs)
@@ -216,6 +229,8 @@ def mbconv_hopper_kernel(
     gl.thread_barrier()
     for turn in gl.static_range(fixed(S.stages)):
         load_weights(weight_ring, turn, blocks, S)
+    weights = expand_ptr, taps_ptr, conv_bias_ptr, squeeze_ptr
+    left = load_left(expand_ptr, 0, blocks, dtype, S)
     wait_for_previous_kernel()
     load_input(x_ptr, xs, image, S)
     fence_async_shared()
@@ -223,13 +238,9 @@ def mbconv_hopper_kernel(
     ws = workspace_ptr + image.to(gl.int64) * (S.hidden * S.pixels)
     first_row = image * (S.hidden * S.pixels // 64)
     for block in range(0, blocks):
-        weights = (
-            expand_ptr + block * (S.sweeps * S.depths * UNIT * WARPS // 2),
-            taps_ptr + block * (S.sweeps * S.taps_elements),
-            conv_bias_ptr + block * (2 * S.hidden),
-            squeeze_ptr + block * (S.sweeps * S.squeeze_depths * UNIT * WARPS // 2),
-        )
-        squeezed = produce(xs_and_ones, weights, (ws, hidden), dtype, S)
+        if not S.at_once:
+            left = load_left(expand_ptr, block * S.sweeps, blocks, dtype, S)
+        left, squeezed = produce(block, blocks, left, xs_and_ones, weights, (ws, hidden), dtype, S)
         if not S.resident:
             fence_async_global()
             for index in gl.static_range(fixed(S.hidden_stages)):

@@ -8,7 +8,7 @@ from fusion.triton_kernels.hopper_parts import fixed, join_columns, zeros
 from fusion.triton_kernels.mbconv_hopper_registers import add_products
 from fusion.triton_kernels.mbconv_hopper_spec import HIDDEN, TILE, UNIT, WARPS, load_operands, tile_layout
 
-AHEAD_REGISTERS = 96
+AHEAD_REGISTERS = 160
 """Of a thread, for excite weights on their way together."""
 
 
@@ -26,7 +26,7 @@ def load_excite(excite_ptr, sweep, dtype: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def share_of(squeezed, part, S: gl.constexpr):
+def share_of(squeezed, part: gl.constexpr, S: gl.constexpr):
     """[warps, 32] of the squeeze vector, zero beyond the last part."""
     if part < S.squeeze_parts:
         # Warps, halves of 16 channels, 8 channels, which 16 of 32, shares.
@@ -44,6 +44,18 @@ def shares_of(squeezed, FIRST: gl.constexpr, COUNT: gl.constexpr, S: gl.constexp
     else:
         half: gl.constexpr = COUNT // 2
         return join_columns(shares_of(squeezed, FIRST, half, S), shares_of(squeezed, FIRST + half, half, S))
+
+
+@gluon.jit
+def strung(vectors, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """[count x n] of some vectors [n], the last of which is repeated where there are not enough."""
+    if COUNT == 1:
+        LAST: gl.constexpr = len(vectors) - 1
+        return vectors[FIRST if FIRST < LAST else LAST]
+    else:
+        half: gl.constexpr = COUNT // 2
+        both = gl.join(strung(vectors, FIRST, half), strung(vectors, FIRST + half, half))
+        return both.permute((1, 0)).reshape((2 * both.shape[0],))
 
 
 @gluon.constexpr_function
@@ -83,6 +95,7 @@ def excite(squeezed, vector, gates, biases, squeeze_bias_ptr, excite_ptr, excite
         part = gl.maximum(vector.slice(16 * depth, 16).load(COLUMNS) + squeeze_biases[depth], 0.0).to(dtype)
         part, _ = gl.broadcast(part[None, :], like)
         right = right + (part,)
+    all_gates = ()
     for sweep in gl.static_range(fixed(S.sweeps)):
         sums = zeros(HIDDEN, TILE, gl.float32, tile_layout())
         for depth in gl.static_range(fixed(S.squeeze_depths)):
@@ -90,7 +103,7 @@ def excite(squeezed, vector, gates, biases, squeeze_bias_ptr, excite_ptr, excite
         if sweep + AHEAD < S.sweeps:
             weights = weights + (load_excite(excite_ptr, sweep + AHEAD, dtype, S),)
         gate = gl.sum(sums, axis=1) * 0.125 + excite_biases[sweep]
-        gate = 1.0 / (1.0 + gl.exp(-gate))
-        view = gates.index(sweep * HIDDEN // S.step)
-        view._reinterpret(dtype, [HIDDEN], plain_layout(1)).store(gate.to(dtype))
+        all_gates = all_gates + ((1.0 / (1.0 + gl.exp(-gate))).to(dtype),)
+    ROOM: gl.constexpr = gates.shape[0] * gates.shape[1]
+    gates._reinterpret(dtype, [ROOM], plain_layout(1)).store(strung(all_gates, 0, ROOM // HIDDEN))
     gl.thread_barrier()

@@ -40,10 +40,10 @@ def expand_layout(S):
 
 
 @gluon.jit
-def load_left(expand_ptr, sweep, dtype: gl.constexpr, S: gl.constexpr):
-    """U of a sweep, if there is one."""
+def load_left(expand_ptr, sweep, blocks, dtype: gl.constexpr, S: gl.constexpr):
+    """U of a sweep of all blocks, if there is one."""
     pointer = expand_ptr + sweep * (S.depths * UNIT * WARPS // 2)
-    return load_operands(pointer, sweep < S.sweeps, fixed(S.depths), dtype)
+    return load_operands(pointer, sweep < blocks * S.sweeps, fixed(S.depths), dtype)
 
 
 @gluon.constexpr_function
@@ -141,7 +141,7 @@ def store_resident(ys, hidden, first):
 @gluon.jit
 def convolve_at_once(tiles, weights, pool, target, sweep, S: gl.constexpr):
     """All tiles of a sweep; returns the pool."""
-    ws, hidden = target
+    ws, hidden, first = target
     left = beside(tiles[S.columns - 1], "up", S)
     tiles = tiles + (beside(tiles[0], "down", S),)
     ys = ()
@@ -150,7 +150,7 @@ def convolve_at_once(tiles, weights, pool, target, sweep, S: gl.constexpr):
         left = tiles[k]
         ys = ys + (y,)
     if S.resident:
-        store_resident(ys, hidden, sweep * S.tiles)
+        store_resident(ys, hidden, first)
     else:
         for k in gl.static_range(fixed(S.columns)):
             store_streamed(ys[k], ws, sweep, k, S)
@@ -163,13 +163,13 @@ def convolve_piece(window, tiles, first, weights, pool, target, sweep, S: gl.con
 
     Returns the last two tiles, and the pool.
     """
-    ws, hidden = target
+    ws, hidden, first_tile = target
     tiles = window + tiles
     COUNT: gl.constexpr = len(tiles) - 2
     for k in gl.static_range(COUNT):
         y, pool = convolve(tiles[k], tiles[k + 1], tiles[k + 2], weights, pool, pixel_mask(first + k, S), S)
         if S.resident:
-            store_resident((y,), hidden, sweep * S.tiles + first + k)
+            store_resident((y,), hidden, first_tile + first + k)
         else:
             store_streamed(y, ws, sweep, first + k, S)
     return (tiles[COUNT], tiles[COUNT + 1]), pool
@@ -192,20 +192,30 @@ def halves_of(dtype):
 
 
 @gluon.jit
-def produce_sweep(sweep, left, squeezed, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
+def produce_sweep(
+    block, blocks, sweep, left, squeezed, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr
+):
     """128 hidden channels of the image, pooled and squeezed. `left` is U; returns U of the next sweep."""
     expand_ptr, taps_ptr, bias_ptr, squeeze_ptr = weights
-    conv = load_conv(taps_ptr, bias_ptr, sweep, S)
+    of_all = block * S.sweeps + sweep
+    conv = load_conv(taps_ptr, bias_ptr, of_all, S)
     operands = left_operands(left, conv[0][0], S)
-    squeeze_ptr += sweep * (S.squeeze_depths * UNIT * WARPS // 2)
+    squeeze_ptr += of_all * (S.squeeze_depths * UNIT * WARPS // 2)
     pool = zeros(HIDDEN, TILE, gl.float32, tile_layout())
-    tiles = tiles_of(finish_expand(start_expand(operands, xs, 0, S)), 0, dtype, S)
+    sums = start_expand(operands, xs, 0, S)
     if S.at_once:
-        left = load_left(expand_ptr, sweep + 1, dtype, S)
-        squeeze = load_operands(squeeze_ptr, True, fixed(S.squeeze_depths), dtype)
+        if S.together > 1:
+            left = load_left(expand_ptr, of_all + 1, blocks, dtype, S)
+            squeeze = load_operands(squeeze_ptr, True, fixed(S.squeeze_depths), dtype)
+            tiles = tiles_of(finish_expand(sums), 0, dtype, S)
+        else:
+            tiles = tiles_of(finish_expand(sums), 0, dtype, S)
+            left = load_left(expand_ptr, of_all + 1, blocks, dtype, S)
+            squeeze = load_operands(squeeze_ptr, True, fixed(S.squeeze_depths), dtype)
         pool = convolve_at_once(tiles, conv, pool, target, sweep, S)
     else:
         PIECES: gl.constexpr = S.columns // S.piece
+        tiles = tiles_of(finish_expand(sums), 0, dtype, S)
         sums = start_expand(operands, xs, 1, S)
         window, pool = convolve_piece((no_tile(),), tiles, 0, conv, pool, target, sweep, S)
         sums = finish_expand(sums)
@@ -214,7 +224,7 @@ def produce_sweep(sweep, left, squeezed, xs, weights, target, dtype: gl.constexp
             sums = start_expand(operands, xs, piece + 1, S)
             window, pool = convolve_piece(window, tiles, piece * S.piece - 1, conv, pool, target, sweep, S)
             sums = finish_expand(sums)
-        left = load_left(expand_ptr, sweep + 1, dtype, S)
+        left = load_left(expand_ptr, of_all + 1, blocks, dtype, S)
         squeeze = load_operands(squeeze_ptr, True, fixed(S.squeeze_depths), dtype)
         tiles = tiles_of(sums, PIECES - 1, dtype, S) + (no_tile(),)
         _, pool = convolve_piece(window, tiles, S.columns - S.piece - 1, conv, pool, target, sweep, S)
@@ -226,17 +236,22 @@ def produce_sweep(sweep, left, squeezed, xs, weights, target, dtype: gl.constexp
 
 
 @gluon.jit
-def produce(xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
+def produce(block, blocks, left, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
     """Hidden channels of the image, and each warp's shares of the squeeze vector.
 
-    The shares are [hidden, tile] for 32 squeeze channels: 8 rows of a warp's 16 and one half of the columns for 8
-    channels, whose 8 columns are to be added. `weights` point to those of the block: expansion, taps, bias of the
-    convolution, squeeze. `target` is the workspace and the hidden channels in shared memory; one of them is in use.
+    `left` is U of the block's first sweep; returns that of the next block, and the shares. These are [hidden, tile] for
+    32 squeeze channels: 8 rows of a warp's 16 and one half of the columns for 8 channels, whose 8 columns are to be
+    added. `weights` point to those of all blocks: expansion, taps, bias of the convolution, squeeze. `target` is the
+    workspace and the hidden channels in shared memory; one of them is in use.
     """
-    left = load_left(weights[0], 0, dtype, S)
     squeezed = ()
     for _ in gl.static_range(fixed(S.squeeze_parts)):
         squeezed = squeezed + (zeros(HIDDEN, TILE, gl.float32, tile_layout()),)
-    for sweep in range(0, S.sweeps):
-        left, squeezed = produce_sweep(sweep, left, squeezed, xs, weights, target, dtype, S)
-    return squeezed
+    ws, hidden = target
+    for turn in range(0, S.sweeps // S.together):
+        for i in gl.static_range(fixed(S.together)):
+            sweep = turn * S.together + i
+            left, squeezed = produce_sweep(
+                block, blocks, sweep, left, squeezed, xs, weights, (ws, hidden[i], turn * S.tiles), dtype, S
+            )
+    return left, squeezed

@@ -82,7 +82,7 @@ def load_hidden(ring, first_row, turn, index, S: gl.constexpr):
     """Start to load the hidden channels of a turn."""
     hidden, full, desc = ring
     row = first_row + index * S.hidden_rows
-    barrier, target = full.index(turn % S.hidden_stages), hidden.index(turn % S.hidden_stages)
+    barrier, target = full.index(turn % S.hidden_stages), hidden[0].index(turn % S.hidden_stages)
     tma.async_copy_global_to_shared(desc, [row, 0], barrier, target, pred=index < S.turns)
 
 
@@ -129,16 +129,17 @@ def gated(y, gates, step, S: gl.constexpr):
 
 
 @gluon.jit
-def read_gated(ring, gates, first, sweep, STEP: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
-    """[rows, step], left operand, of step `STEP` of a sweep."""
+def read_gated(ring, gates, first, turn, STEP: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
+    """[rows, step], left operand, of step `STEP` of the sweeps that are together."""
     hidden, full, _ = ring
-    step = sweep * (S.steps // S.sweeps) + STEP
+    PER_SWEEP: gl.constexpr = S.steps // S.sweeps
+    step = turn * (PER_SWEEP * S.together) + STEP
     if S.resident:
-        y = read_resident(hidden, sweep, STEP, PASS, S)
+        y = read_resident(hidden[STEP // PER_SWEEP], turn, STEP % PER_SWEEP, PASS, S)
     else:
-        turn = first + PASS * S.steps + step
-        mbarrier.wait(full.index(turn % S.hidden_stages), turn // S.hidden_stages & 1)
-        y = read_streamed(hidden, turn % S.hidden_stages, S)
+        of_all = first + PASS * S.steps + step
+        mbarrier.wait(full.index(of_all % S.hidden_stages), of_all // S.hidden_stages & 1)
+        y = read_streamed(hidden[0], of_all % S.hidden_stages, S)
     return gated(y, gates, step, S)
 
 
@@ -192,16 +193,16 @@ def project_pass(
     sums = ()
     for s in gl.static_range(PRODUCTS):
         sums = sums + (first_sums(biases, slab_start(S.products, s), S.products[s], S),)
-    PER_SWEEP: gl.constexpr = S.steps // S.sweeps
+    STEPS: gl.constexpr = S.steps // S.sweeps * S.together
     first = block * S.turns
-    for sweep in range(0, S.sweeps):
-        for i in gl.static_range(PER_SWEEP):
-            index = PASS * S.steps + sweep * PER_SWEEP + i
+    for turn in range(0, S.sweeps // S.together):
+        for i in gl.static_range(STEPS):
+            index = PASS * S.steps + turn * STEPS + i
             if i == 0 or not S.reads_ahead:
-                y = read_gated(hidden_ring, gates, first, sweep, i, PASS, S)
+                y = read_gated(hidden_ring, gates, first, turn, i, PASS, S)
             sums = start_products(y, sums, weight_ring, first + index, S)
-            if i + 1 < PER_SWEEP and S.reads_ahead:
-                y = read_gated(hidden_ring, gates, first, sweep, i + 1, PASS, S)
+            if i + 1 < STEPS and S.reads_ahead:
+                y = read_gated(hidden_ring, gates, first, turn, i + 1, PASS, S)
             if i % S.group > 0:
                 sums = wait_products(sums, PRODUCTS)
                 refill(index - 1, first, blocks, first_row, hidden_ring, weight_ring, S)

@@ -107,6 +107,11 @@ class Spec:
         return max(32, 1 << (16 * self.squeeze_depths - 1).bit_length())
 
     @property
+    def gate_room(self) -> int:
+        """Gates that there is room for in shared memory, a power of two."""
+        return 1 << (self.hidden - 1).bit_length()
+
+    @property
     def bias_room(self) -> int:
         """Length of the output's bias in shared memory, a power of two."""
         return 1 << (sum(self.out_slabs) - 1).bit_length()
@@ -154,6 +159,11 @@ class Spec:
     def at_once(self) -> bool:
         """Whether all tiles of a sweep are expanded together."""
         return self.piece == self.columns
+
+    @property
+    def together(self) -> int:
+        """Sweeps whose code follows each other: two load expansion weights, and store, to different places."""
+        return 2 if self.at_once and self.sweeps % 2 == 0 else 1
 
     @property
     def in_place(self) -> bool:

@@ -47,7 +47,7 @@ TAPS_ELEMENTS = TAPS * 8 * 32 * WARPS
 """Of a sweep."""
 PRODUCT_CHANNELS = 256
 """Output channels that a product projects, at most."""
-PASS_REGISTERS = 192
+PASS_REGISTERS = 160
 """Sums of the projection that a thread holds; of more, two passes are needed, each for half of the pixels."""
 GROUP_REGISTERS = 128
 """Sums up to which there is room for the operands of several steps that follow each other without a wait."""
@@ -133,8 +133,18 @@ class MBConvHopperTile:
         return ceil(hidden_channels / SWEEP)
 
     def padded_hidden(self, hidden_channels: int) -> int:
-        """Hidden channels that the kernel computes."""
+        """Hidden channels of whole sweeps."""
         return self.sweeps(hidden_channels) * SWEEP
+
+    def splits_last(self, width: int, hidden_channels: int) -> bool:
+        """Whether the last sweep has half of the hidden channels, and each warpgroup half of the columns."""
+        whole = self.bands == 1 and self.piece == MAX_TILES_AT_ONCE and self.columns(width) == MAX_TILES
+        return whole and 0 < hidden_channels % SWEEP <= SWEEP // 2
+
+    def computed_hidden(self, width: int, hidden_channels: int) -> int:
+        """Hidden channels that the kernel computes; the padded weights may have some more."""
+        spared = SWEEP // 2 if self.splits_last(width, hidden_channels) else 0
+        return self.padded_hidden(hidden_channels) - spared
 
     def squeeze_depths(self, squeeze_channels: int) -> int:
         """Products of depth 16 that have room for the squeeze vector."""
@@ -162,10 +172,11 @@ class MBConvHopperTile:
         rows = self.pixels(width) // self.passes(width, out_channels)
         return rows * sum(self.out_slabs(out_channels)) // (32 * WARPS)
 
-    def input_bytes(self, width: int, in_channels: int) -> int:
-        """The input in shared memory, and a piece of the constant one."""
+    def input_bytes(self, width: int, in_channels: int, hidden_channels: int) -> int:
+        """The input in shared memory, and of the constant one as much as is expanded together."""
         channels = self.pixels(width) * sum(self.in_slabs(in_channels))
-        return 2 * (channels + TILE_PIXELS * self.piece * BIAS_CHANNELS)
+        together = 2 if self.splits_last(width, hidden_channels) else 1
+        return 2 * (channels + together * TILE_PIXELS * self.piece * BIAS_CHANNELS)
 
     def output_bytes(self, width: int, in_channels: int, out_channels: int) -> int:
         """The output in shared memory, unless it takes the place of the input."""
@@ -189,7 +200,7 @@ class MBConvHopperTile:
     ) -> int:
         """Shared memory of a program, but for hidden channels."""
         return (
-            self.input_bytes(width, in_channels)
+            self.input_bytes(width, in_channels, hidden_channels)
             + self.output_bytes(width, in_channels, out_channels)
             + self.weight_bytes(out_channels)
             + self.gate_bytes(hidden_channels, out_channels, squeeze_channels)
@@ -228,13 +239,14 @@ class MBConvHopperTile:
     def is_resident(
         self, width: int, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
     ) -> bool:
-        """Whether all hidden channels stay in shared memory, because there is room."""
+        """Whether all hidden channels stay in shared memory, because there is room and no sweep is split."""
         sizes = width, in_channels, hidden_channels, out_channels, squeeze_channels
-        return self.memory_bytes(*sizes, resident=True) <= LOCAL_MEMORY_BYTES
+        fits = self.memory_bytes(*sizes, resident=True) <= LOCAL_MEMORY_BYTES
+        return fits and not self.splits_last(width, hidden_channels)
 
     def workspace_elements(self, width: int, hidden_channels: int) -> int:
         """16-bit elements of a program's workspace: its hidden channels, if they do not stay in shared memory."""
-        return self.padded_hidden(hidden_channels) * self.pixels(width)
+        return self.computed_hidden(width, hidden_channels) * self.pixels(width)
 
     def to_ints(self) -> list[int]:
         """The fields in order, for operators and files that take integers only; `MBConvHopperTile(*ints)` undoes it."""
@@ -352,7 +364,9 @@ def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processo
     passes = tile.passes(shape.width, shape.out_channels)
     streamed = 0 if is_resident(tile, shape) else 2 * tile.pixels(shape.width)
     # Of a hidden channel: rows of all matrices, and its pixels, which are written and read.
-    elements = 16 * tile.depths(shape.in_channels) + TAPS_ELEMENTS // SWEEP + 32 * tile.squeeze_depths(shape.squeeze_channels)
+    elements = (
+        16 * tile.depths(shape.in_channels) + TAPS_ELEMENTS // SWEEP + 32 * tile.squeeze_depths(shape.squeeze_channels)
+    )
     elements += passes * sum(tile.out_slabs(shape.out_channels)) + streamed
     l2_us = ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP * elements / BYTES_PER_US
     tile_us = TILE_US + DEPTH_US * tile.depths(shape.in_channels)

@@ -39,6 +39,7 @@ from fusion.triton_kernels.hopper_parts import (
     zeros,
 )
 from fusion.triton_kernels.mbconv_hopper_gates import excite
+from fusion.triton_kernels.mbconv_hopper_half import produce_half
 from fusion.triton_kernels.mbconv_hopper_produce import load_left, produce
 from fusion.triton_kernels.mbconv_hopper_project import (
     expect_hidden,
@@ -57,6 +58,7 @@ from fusion.triton_kernels.mbconv_hopper_spec import (
     constants,
     copy_layout,
     new_barriers,
+    place,
 )
 
 BIAS = gl.constexpr(BIAS_CHANNELS)
@@ -120,7 +122,7 @@ def pixel_offsets(image, SLAB: gl.constexpr, FIRST: gl.constexpr, CHANNELS: gl.c
     channel = FIRST + gl.arange(0, SLAB, gl.SliceLayout(0, LAYOUT))
     tile, lane = pixel // TILE, pixel % 8
     row = lane % S.pairs * 2 + pixel // 8 % 2
-    column = tile + S.columns * (lane // S.pairs)
+    column = place(tile, S) + S.columns * (lane // S.pairs)
     inside = (row < S.height) & (column < S.width) & (tile < S.columns)
     offsets = (row * S.width + column)[:, None] * CHANNELS + channel[None, :]
     offsets += image.to(gl.int64) * (S.height * S.width * CHANNELS)
@@ -147,9 +149,10 @@ def store_output(out_ptr, outs, image, S: gl.constexpr):
 
 @gluon.jit
 def new_bias_input(dtype: gl.constexpr, S: gl.constexpr):
-    """A piece that the expansion's bias is multiplied by: ones in two channels, for the bias and its rounding's rest."""
-    slab = gl.allocate_shared_memory(dtype, [1, S.piece_pixels, BIAS], rows_layout(BIAS))
-    value = zeros(S.piece_pixels, BIAS, gl.float32, copy_layout(BIAS))
+    """Pixels that the expansion's bias is multiplied by: ones in two channels, for the bias and its rounding's rest."""
+    PIXELS: gl.constexpr = S.piece_pixels * (2 if S.split else 1)
+    slab = gl.allocate_shared_memory(dtype, [1, PIXELS, BIAS], rows_layout(BIAS))
+    value = zeros(PIXELS, BIAS, gl.float32, copy_layout(BIAS))
     value += gl.where(gl.arange(0, BIAS, gl.SliceLayout(0, copy_layout(BIAS))) < 2, 1.0, 0.0)[None, :]
     slab.index(0).store(value.to(dtype))
     return slab
@@ -230,7 +233,7 @@ def mbconv_hopper_kernel(
     for turn in gl.static_range(fixed(S.stages)):
         load_weights(weight_ring, turn, blocks, S)
     weights = expand_ptr, taps_ptr, conv_bias_ptr, squeeze_ptr
-    left = load_left(expand_ptr, 0, blocks, dtype, S)
+    left = load_left(expand_ptr, 0, True, dtype, S)
     wait_for_previous_kernel()
     load_input(x_ptr, xs, image, S)
     fence_async_shared()
@@ -239,10 +242,13 @@ def mbconv_hopper_kernel(
     first_row = image * (S.hidden * S.pixels // 64)
     for block in range(0, blocks):
         if not S.at_once:
-            left = load_left(expand_ptr, block * S.sweeps, blocks, dtype, S)
+            left = load_left(expand_ptr, block * S.sweeps, True, dtype, S)
         left, squeezed = produce(block, blocks, left, xs_and_ones, weights, (ws, hidden), dtype, S)
+        if S.split:
+            squeezed = produce_half(block, squeezed, xs_and_ones, weights, ws, hidden[0].index(0), dtype, S)
         if not S.resident:
             fence_async_global()
+            fence_async_shared()
             for index in gl.static_range(fixed(S.hidden_stages)):
                 expect_hidden(hidden_ring, block * S.turns + index, index, S)
             gl.thread_barrier()
@@ -255,7 +261,7 @@ def mbconv_hopper_kernel(
             biases,
             squeeze_bias_ptr + block * (16 * S.squeeze_depths),
             excite_ptr + block * (S.sweeps * S.squeeze_depths * UNIT * WARPS // 2),
-            excite_bias_ptr + block * S.hidden,
+            excite_bias_ptr + block * S.packed_hidden,
             project_bias_ptr + block * OUT,
             S,
         )

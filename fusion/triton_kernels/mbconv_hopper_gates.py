@@ -22,7 +22,7 @@ def excite_ahead(S):
 def load_excite(excite_ptr, sweep, dtype: gl.constexpr, S: gl.constexpr):
     """Of 128 gates."""
     pointer = excite_ptr + sweep * (S.squeeze_depths * UNIT * WARPS // 2)
-    return load_operands(pointer, sweep < S.sweeps, fixed(S.squeeze_depths), dtype)
+    return load_operands(pointer, True, fixed(S.squeeze_depths), WARPS, dtype)
 
 
 @gluon.jit
@@ -65,7 +65,9 @@ def bias_layout():
 
 
 @gluon.jit
-def excite(squeezed, vector, gates, biases, squeeze_bias_ptr, excite_ptr, excite_bias_ptr, project_bias_ptr, S: gl.constexpr):
+def excite(
+    squeezed, vector, gates, biases, squeeze_bias_ptr, excite_ptr, excite_bias_ptr, project_bias_ptr, S: gl.constexpr
+):
     """Gates of all hidden channels, from each warp's shares of the squeeze vector; and biases of the projection.
 
     All loads but the last weights' start before anything waits for another warp. The vector is a right operand whose

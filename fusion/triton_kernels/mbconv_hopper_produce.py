@@ -8,7 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from fusion.triton_kernels.hopper_layouts import plain_layout
+from fusion.planner.mbconv_hopper_tile import BIAS_CHANNELS
+from fusion.triton_kernels.hopper_layouts import plain_layout, rows_layout
 from fusion.triton_kernels.hopper_parts import fixed, join_columns, slab_start, split_units, zeros
 from fusion.triton_kernels.mbconv_hopper_registers import (
     activate,
@@ -29,8 +30,12 @@ from fusion.triton_kernels.mbconv_hopper_spec import (
     as_tile,
     fragment_offsets,
     load_operands,
+    place,
+    swapped,
     tile_layout,
 )
+
+BIAS = gl.constexpr(BIAS_CHANNELS)
 
 
 @gluon.constexpr_function
@@ -40,10 +45,10 @@ def expand_layout(S):
 
 
 @gluon.jit
-def load_left(expand_ptr, sweep, blocks, dtype: gl.constexpr, S: gl.constexpr):
-    """U of a sweep of all blocks, if there is one."""
+def load_left(expand_ptr, sweep, used, dtype: gl.constexpr, S: gl.constexpr):
+    """U of a sweep of all blocks."""
     pointer = expand_ptr + sweep * (S.depths * UNIT * WARPS // 2)
-    return load_operands(pointer, sweep < blocks * S.sweeps, fixed(S.depths), dtype)
+    return load_operands(pointer, used, fixed(S.depths), WARPS, dtype)
 
 
 @gluon.constexpr_function
@@ -69,9 +74,9 @@ def joined(depths, FIRST: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def left_operands(left, like, S: gl.constexpr):
-    """[hidden, slab] of each slab of the input, and [hidden, 16] of the bias."""
-    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, expand_layout(S), 2)
+def left_operands(left, like, SUMS: gl.constexpr, S: gl.constexpr):
+    """[hidden, slab] of each slab of the input, and [hidden, 16] of the bias, of products with sums of this layout."""
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     depths = ()
     for i in gl.static_range(S.depths // 2):
         first, second = unpack(left[i], like)
@@ -91,8 +96,11 @@ def start_expand(operands, xs, piece, S: gl.constexpr):
     SLABS: gl.constexpr = len(S.in_slabs)
     sums = zeros(HIDDEN, TILE * S.piece, gl.float32, expand_layout(S))
     for s in gl.static_range(SLABS):
-        sums = warpgroup_mma(operands[s], xs[s].index(piece).permute((1, 0)), sums, use_acc=s > 0, is_async=True)
-    return warpgroup_mma(operands[SLABS], xs[SLABS].index(0).permute((1, 0)), sums, is_async=True)
+        sums = warpgroup_mma(
+            operands[s], xs[s].index(swapped(piece, S)).permute((1, 0)), sums, use_acc=s > 0, is_async=True
+        )
+    ones = xs[SLABS]._reinterpret(xs[SLABS].dtype, [TILE * S.piece, BIAS], rows_layout(BIAS))
+    return warpgroup_mma(operands[SLABS], ones.permute((1, 0)), sums, is_async=True)
 
 
 @gluon.jit
@@ -115,8 +123,9 @@ def tiles_of(sums, piece, dtype: gl.constexpr, S: gl.constexpr):
 def store_streamed(y, ws, sweep, column, S: gl.constexpr):
     """[hidden, tile] to the workspace, as the projection's left operand: [passes, hidden / 16, tiles, 256]."""
     TILES: gl.constexpr = S.tiles // S.passes
-    pointer = ws + (column // TILES * S.sweeps + sweep) * (WARPS * TILES * UNIT) + column % TILES * UNIT
-    gl.store(pointer + fragment_offsets(TILES * UNIT, 32), as_fragments(y))
+    at = place(column, S)
+    pointer = ws + (at // TILES * (S.hidden // 16) + sweep * WARPS) * (TILES * UNIT) + at % TILES * UNIT
+    gl.store(pointer + fragment_offsets(TILES * UNIT, 32, WARPS), as_fragments(y))
 
 
 @gluon.jit
@@ -176,13 +185,13 @@ def convolve_piece(window, tiles, first, weights, pool, target, sweep, S: gl.con
 
 
 @gluon.jit
-def load_conv(taps_ptr, bias_ptr, sweep, S: gl.constexpr):
-    """Taps and bias of the convolution of a sweep."""
+def load_conv(taps_ptr, bias_ptr, sweep, WARPS_APART: gl.constexpr, S: gl.constexpr):
+    """Taps and bias of the convolution of a sweep of all blocks."""
     taps = ()
     for i in gl.static_range(fixed(S.taps)):
         pointer = taps_ptr + sweep * S.taps_elements + i * (UNIT * WARPS)
-        taps = taps + (as_tile(gl.load(pointer + fragment_offsets(UNIT, 32))),)
-    return taps, as_tile(gl.load(bias_ptr + sweep * (2 * HIDDEN) + fragment_offsets(32, 4)))
+        taps = taps + (as_tile(gl.load(pointer + fragment_offsets(UNIT, 32, WARPS_APART))),)
+    return taps, as_tile(gl.load(bias_ptr + sweep * (2 * HIDDEN) + fragment_offsets(32, 4, WARPS_APART)))
 
 
 @gluon.constexpr_function
@@ -192,26 +201,41 @@ def halves_of(dtype):
 
 
 @gluon.jit
-def produce_sweep(
-    block, blocks, sweep, left, squeezed, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr
-):
+def load_squeeze(squeeze_ptr, sweep, WARPS_APART: gl.constexpr, dtype: gl.constexpr, S: gl.constexpr):
+    """W1 of a sweep of all blocks."""
+    pointer = squeeze_ptr + sweep * (S.squeeze_depths * UNIT * WARPS // 2)
+    return load_operands(pointer, True, fixed(S.squeeze_depths), WARPS_APART, dtype)
+
+
+@gluon.jit
+def squeeze_pool(pool, squeeze, squeezed, like, S: gl.constexpr):
+    """Add a sweep's pool to each warp's shares of the squeeze vector."""
+    right = means(pool, like, S)
+    added = ()
+    for i in gl.static_range(len(squeeze)):
+        added = added + (add_products(squeeze[i], right, squeezed[i], halves_of(squeeze[i].dtype)),)
+    return added
+
+
+@gluon.jit
+def produce_sweep(block, blocks, sweep, left, squeezed, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
     """128 hidden channels of the image, pooled and squeezed. `left` is U; returns U of the next sweep."""
     expand_ptr, taps_ptr, bias_ptr, squeeze_ptr = weights
     of_all = block * S.sweeps + sweep
-    conv = load_conv(taps_ptr, bias_ptr, of_all, S)
-    operands = left_operands(left, conv[0][0], S)
-    squeeze_ptr += of_all * (S.squeeze_depths * UNIT * WARPS // 2)
+    conv = load_conv(taps_ptr, bias_ptr, of_all, WARPS, S)
+    operands = left_operands(left, conv[0][0], expand_layout(S), S)
     pool = zeros(HIDDEN, TILE, gl.float32, tile_layout())
     sums = start_expand(operands, xs, 0, S)
     if S.at_once:
+        used = of_all + 1 < blocks * S.sweeps
         if S.together > 1:
-            left = load_left(expand_ptr, of_all + 1, blocks, dtype, S)
-            squeeze = load_operands(squeeze_ptr, True, fixed(S.squeeze_depths), dtype)
+            left = load_left(expand_ptr, of_all + 1, used, dtype, S)
+            squeeze = load_squeeze(squeeze_ptr, of_all, WARPS, dtype, S)
             tiles = tiles_of(finish_expand(sums), 0, dtype, S)
         else:
             tiles = tiles_of(finish_expand(sums), 0, dtype, S)
-            left = load_left(expand_ptr, of_all + 1, blocks, dtype, S)
-            squeeze = load_operands(squeeze_ptr, True, fixed(S.squeeze_depths), dtype)
+            left = load_left(expand_ptr, of_all + 1, used, dtype, S)
+            squeeze = load_squeeze(squeeze_ptr, of_all, WARPS, dtype, S)
         pool = convolve_at_once(tiles, conv, pool, target, sweep, S)
     else:
         PIECES: gl.constexpr = S.columns // S.piece
@@ -224,20 +248,16 @@ def produce_sweep(
             sums = start_expand(operands, xs, piece + 1, S)
             window, pool = convolve_piece(window, tiles, piece * S.piece - 1, conv, pool, target, sweep, S)
             sums = finish_expand(sums)
-        left = load_left(expand_ptr, of_all + 1, blocks, dtype, S)
-        squeeze = load_operands(squeeze_ptr, True, fixed(S.squeeze_depths), dtype)
+        left = load_left(expand_ptr, of_all + 1, sweep + 1 < S.whole_sweeps, dtype, S)
+        squeeze = load_squeeze(squeeze_ptr, of_all, WARPS, dtype, S)
         tiles = tiles_of(sums, PIECES - 1, dtype, S) + (no_tile(),)
         _, pool = convolve_piece(window, tiles, S.columns - S.piece - 1, conv, pool, target, sweep, S)
-    right = means(pool, conv[0][0], S)
-    added = ()
-    for i in gl.static_range(len(squeeze)):
-        added = added + (add_products(squeeze[i], right, squeezed[i], halves_of(squeeze[i].dtype)),)
-    return left, added
+    return left, squeeze_pool(pool, squeeze, squeezed, conv[0][0], S)
 
 
 @gluon.jit
 def produce(block, blocks, left, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
-    """Hidden channels of the image, and each warp's shares of the squeeze vector.
+    """Hidden channels of the image, and each warp's shares of the squeeze vector; whole sweeps only.
 
     `left` is U of the block's first sweep; returns that of the next block, and the shares. These are [hidden, tile] for
     32 squeeze channels: 8 rows of a warp's 16 and one half of the columns for 8 channels, whose 8 columns are to be
@@ -248,7 +268,7 @@ def produce(block, blocks, left, xs, weights, target, dtype: gl.constexpr, S: gl
     for _ in gl.static_range(fixed(S.squeeze_parts)):
         squeezed = squeezed + (zeros(HIDDEN, TILE, gl.float32, tile_layout()),)
     ws, hidden = target
-    for turn in range(0, S.sweeps // S.together):
+    for turn in range(0, S.whole_sweeps // S.together):
         for i in gl.static_range(fixed(S.together)):
             sweep = turn * S.together + i
             left, squeezed = produce_sweep(

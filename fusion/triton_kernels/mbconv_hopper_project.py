@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from fusion.triton_kernels.hopper_layouts import plain_layout, powers, rows_layout
 from fusion.triton_kernels.hopper_parts import fixed, slab_start, split_columns, zeros
 from fusion.triton_kernels.mbconv_hopper_registers import type_name
-from fusion.triton_kernels.mbconv_hopper_spec import TILE, UNIT, WARPS
+from fusion.triton_kernels.mbconv_hopper_spec import HIDDEN, TILE, UNIT, WARPS
 
 
 @gluon.constexpr_function
@@ -60,8 +60,8 @@ def load_weights(ring, turn, blocks, S: gl.constexpr):
     """Start to load the weights of a turn."""
     vs, full, descs = ring
     row = turn * S.weight_rows
-    if S.passes > 1:
-        row = (turn // S.turns * S.steps + turn % S.steps) * S.weight_rows
+    if S.turns != S.packed_steps:
+        row = (turn // S.turns * S.packed_steps + turn % S.turns % S.steps) * S.weight_rows
     for s in gl.static_range(len(S.products)):
         desc = descs[product_index(S.products[s])]
         first = row + S.step * slab_start(S.products, s) // 64
@@ -130,11 +130,11 @@ def gated(y, gates, step, S: gl.constexpr):
 
 @gluon.jit
 def read_gated(ring, gates, first, turn, STEP: gl.constexpr, PASS: gl.constexpr, S: gl.constexpr):
-    """[rows, step], left operand, of step `STEP` of the sweeps that are together."""
+    """[rows, step], left operand, of step `STEP` of a chunk."""
     hidden, full, _ = ring
-    PER_SWEEP: gl.constexpr = S.steps // S.sweeps
-    step = turn * (PER_SWEEP * S.together) + STEP
+    step = turn * S.chunk + STEP
     if S.resident:
+        PER_SWEEP: gl.constexpr = HIDDEN // S.step
         y = read_resident(hidden[STEP // PER_SWEEP], turn, STEP % PER_SWEEP, PASS, S)
     else:
         of_all = first + PASS * S.steps + step
@@ -193,20 +193,19 @@ def project_pass(
     sums = ()
     for s in gl.static_range(PRODUCTS):
         sums = sums + (first_sums(biases, slab_start(S.products, s), S.products[s], S),)
-    STEPS: gl.constexpr = S.steps // S.sweeps * S.together
     first = block * S.turns
-    for turn in range(0, S.sweeps // S.together):
-        for i in gl.static_range(STEPS):
-            index = PASS * S.steps + turn * STEPS + i
+    for turn in range(0, S.steps // S.chunk):
+        for i in gl.static_range(fixed(S.chunk)):
+            index = PASS * S.steps + turn * S.chunk + i
             if i == 0 or not S.reads_ahead:
                 y = read_gated(hidden_ring, gates, first, turn, i, PASS, S)
             sums = start_products(y, sums, weight_ring, first + index, S)
-            if i + 1 < STEPS and S.reads_ahead:
+            if i + 1 < S.chunk and S.reads_ahead:
                 y = read_gated(hidden_ring, gates, first, turn, i + 1, PASS, S)
             if i % S.group > 0:
                 sums = wait_products(sums, PRODUCTS)
                 refill(index - 1, first, blocks, first_row, hidden_ring, weight_ring, S)
-            if i % S.group == S.group - 1:
+            if i % S.group == S.group - 1 or i + 1 == S.chunk:
                 sums = wait_products(sums, 0)
                 refill(index, first, blocks, first_row, hidden_ring, weight_ring, S)
     return sums

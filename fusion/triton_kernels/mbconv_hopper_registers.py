@@ -200,7 +200,7 @@ def convolve(left, here, right, weights, pool, mask, S: gl.constexpr):
 
 @gluon.jit
 def pixel_mask(column, S: gl.constexpr):
-    """[hidden, tile] int32: all bits set in registers that hold pixels of the image, of tile `column`.
+    """[hidden, tile] int32: all bits set in registers that hold pixels of the image, of tile `column`, which may differ from row to row.
 
     Where all do, nobody looks at it.
     """

@@ -57,10 +57,21 @@ class Spec:
     group: int
     reads_ahead: bool
     resident: bool
+    split: bool
 
     @property
     def hidden(self) -> int:
+        return self.packed_hidden - (SWEEP // 2 if self.split else 0)
+
+    @property
+    def packed_hidden(self) -> int:
+        """Hidden channels that there are weights for."""
         return self.sweeps * SWEEP
+
+    @property
+    def whole_sweeps(self) -> int:
+        """But for a last one whose columns the warpgroups divide."""
+        return self.sweeps - self.split
 
     @property
     def pixels(self) -> int:
@@ -92,6 +103,16 @@ class Spec:
         return self.steps * self.passes
 
     @property
+    def packed_steps(self) -> int:
+        """Steps that there are weights for."""
+        return self.packed_hidden // self.step
+
+    @property
+    def chunk(self) -> int:
+        """Steps whose code follows each other."""
+        return SWEEP // 2 // self.step if self.split else SWEEP // self.step * self.together
+
+    @property
     def units(self) -> int:
         """Of 16 hidden channels, in a step."""
         return self.step // 16
@@ -109,7 +130,7 @@ class Spec:
     @property
     def gate_room(self) -> int:
         """Gates that there is room for in shared memory, a power of two."""
-        return 1 << (self.hidden - 1).bit_length()
+        return 1 << (self.packed_hidden - 1).bit_length()
 
     @property
     def bias_room(self) -> int:
@@ -208,6 +229,7 @@ def constants(
         group=tile.group(width, out_channels),
         reads_ahead=tile.reads_ahead(width, out_channels),
         resident=tile.is_resident(width, in_channels, hidden_channels, out_channels, squeeze_channels),
+        split=tile.splits_last(width, hidden_channels),
     )
 
 
@@ -228,10 +250,10 @@ def fragment_layout():
 
 
 @gluon.jit
-def fragment_offsets(WARP_STRIDE: gl.constexpr, LANES_APART: gl.constexpr):
-    """[warps, 32, 8]: 8 elements of each lane, the same ones for lanes that are `LANES_APART` from each other."""
+def fragment_offsets(WARP_STRIDE: gl.constexpr, LANES_APART: gl.constexpr, WARPS_APART: gl.constexpr):
+    """[warps, 32, 8]: 8 elements of each lane, the same ones for lanes and warps that are so far from each other."""
     LAYOUT: gl.constexpr = fragment_layout()
-    w = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    w = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))) % WARPS_APART
     t = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     e = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     return w[:, None, None] * WARP_STRIDE + (t % LANES_APART)[None, :, None] * 8 + e[None, None, :]
@@ -252,15 +274,31 @@ def as_fragments(t):
 
 
 @gluon.jit
-def load_operands(pointer, used, DEPTHS: gl.constexpr, dtype: gl.constexpr):
+def load_operands(pointer, used, DEPTHS: gl.constexpr, WARPS_APART: gl.constexpr, dtype: gl.constexpr):
     """Left operands of products: of each two [hidden, tile] int32, and of an odd last one 16 bits."""
+    offsets = fragment_offsets(UNIT, 32, WARPS_APART)
     left = ()
     for i in gl.static_range(DEPTHS // 2):
-        left = left + (as_tile(gl.load(pointer + i * (UNIT * WARPS) + fragment_offsets(UNIT, 32), mask=used, other=0)),)
+        left = left + (as_tile(gl.load(pointer + i * (UNIT * WARPS) + offsets, mask=used, other=0)),)
     if DEPTHS % 2 == 1:
         single = (pointer + DEPTHS // 2 * (UNIT * WARPS)).to(gl.pointer_type(dtype), bitcast=True)
-        left = left + (as_tile(gl.load(single + fragment_offsets(UNIT, 32), mask=used, other=0.0)),)
+        left = left + (as_tile(gl.load(single + offsets, mask=used, other=0.0)),)
     return left
+
+
+@gluon.jit
+def swapped(piece, S: gl.constexpr):
+    """Where a piece lies, and what lies there: those that warpgroups expand together are next to each other."""
+    if S.split:
+        return piece % 2 * 2 + piece // 2
+    else:
+        return piece
+
+
+@gluon.jit
+def place(column, S: gl.constexpr):
+    """Where a column's tile lies, and what column lies there."""
+    return swapped(column // S.piece, S) * S.piece + column % S.piece
 
 
 @gluon.constexpr_function

@@ -4,8 +4,8 @@
     compute-sanitizer --tool racecheck --kernel-regex kns=hopper python bench/sanitize.py
 
 One tile of each way to run: one and two partitions, weights that stay and weights that are streamed, every width of a
-slab, images and bands side by side, hidden channels in shared memory and in a workspace. Sizes leave tiles partly
-empty. Prints the error against float64 of each.
+slab, images and bands side by side, hidden channels in shared memory and in a workspace, sweeps in pairs and one that
+is divided. Sizes leave tiles partly empty. Prints the error against float64 of each.
 """
 
 import torch
@@ -30,6 +30,8 @@ RUNS = (
     ("mbconv:40,4,8", MBConvHopperTile(1, 4, 32, 2)),
     ("mbconv:72,4,13", MBConvHopperTile(1, 1, 32, 3)),
     ("mbconv:144,2,14", MBConvHopperTile(1, 2, 64, 2)),
+    ("mbconv:64,4,8", MBConvHopperTile(2, 4, 32, 3)),
+    ("mbconv:48,4,16", MBConvHopperTile(1, 4, 32, 3)),
 )
 BATCH = 3
 

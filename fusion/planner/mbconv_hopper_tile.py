@@ -36,7 +36,9 @@ STEPS = (32, 64)
 MIN_STAGES = 2
 """A stage is filled again only after the products of the next one have started."""
 MAX_STAGES = 8
-FEW_STAGES = 4
+TRIED_STAGES = (8, 6, 4, 3)
+GOOD_STAGES, GOOD_NARROW_STAGES = 6, 4
+"""That were best, or close to it, where a pass has pixels for all warps, and where it has not."""
 BIAS_CHANNELS = 16
 """Channels of the constant one that follow the input's: the depth of a product. Two are in use."""
 DEPTH_ELEMENTS = 16 * SWEEP
@@ -70,7 +72,7 @@ PIECE_US = 0.02
 NARROW_STEP_US = 0.1
 """Of a step of the projection that the warps divide by output channels, too: its products are short."""
 STAGE_US = 0.01
-"""Of a stage that there is no room for."""
+"""Of a stage more or less than are good."""
 
 
 @dataclass(frozen=True)
@@ -370,11 +372,10 @@ def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processo
     elements += passes * sum(tile.out_slabs(shape.out_channels)) + streamed
     l2_us = ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP * elements / BYTES_PER_US
     tile_us = TILE_US + DEPTH_US * tile.depths(shape.in_channels)
-    preferences = sweeps * columns / tile.piece * PIECE_US + (MAX_STAGES - tile.stages) * STAGE_US
-    if tile.pixels(shape.width) < TILE_PIXELS * WARPS:
-        preferences += sweeps * SWEEP / tile.step * NARROW_STEP_US
-    else:
-        preferences += tile.step / max(STEPS) * STAGE_US
+    narrow = tile.pixels(shape.width) < TILE_PIXELS * WARPS
+    preferences = sweeps * columns / tile.piece * PIECE_US
+    preferences += abs(tile.stages - (GOOD_NARROW_STAGES if narrow else GOOD_STAGES)) * STAGE_US
+    preferences += sweeps * SWEEP / tile.step * NARROW_STEP_US if narrow else tile.step / max(STEPS) * STAGE_US
     rounds = ceil(shape.batch / processor.processors)
     return LAUNCH_US + rounds * (sweeps * columns * tile_us + l2_us + preferences)
 
@@ -382,14 +383,17 @@ def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processo
 def candidate_tiles(shape: MBConvShape, processor: Processor) -> Iterator[MBConvHopperTile]:
     """Every valid tile worth a measurement.
 
-    Those with the most stages that have room, with and without all hidden channels, and with few, which leave more of
-    the L1 cache.
+    Of those with the fewest columns the widest pieces, and half of them; the most stages that have room, and some other
+    numbers of stages.
     """
-    for tiles in _candidates(shape):
-        valid = [tile for tile in tiles if why_invalid(tile, shape, processor) is None]
-        resident = [tile for tile in valid if is_resident(tile, shape)]
-        fewer = [tile for tile in valid if tile.stages == FEW_STAGES]
-        yield from dict.fromkeys(valid[:1] + resident[:1] + fewer)
+    valid = [[tile for tile in tiles if why_invalid(tile, shape, processor) is None] for tiles in _candidates(shape)]
+    valid = [tiles for tiles in valid if tiles]
+    fewest = min((tiles[0].columns(shape.width) for tiles in valid), default=0)
+    valid = [tiles for tiles in valid if tiles[0].columns(shape.width) == fewest]
+    widest = max((tiles[0].piece for tiles in valid), default=0)
+    for tiles in valid:
+        if 2 * tiles[0].piece >= widest:
+            yield from dict.fromkeys(tiles[:1] + [tile for tile in tiles if tile.stages in TRIED_STAGES])
 
 
 def is_resident(tile: MBConvHopperTile, shape: MBConvShape) -> bool:

@@ -6,12 +6,13 @@ memory all the while. Each has two phases.
 
 *Produce*: *sweeps* of 128 hidden channels, 16 for each warp. They are expanded by products whose rows are hidden
 channels and whose columns are pixels, so that a warp has all pixels of its hidden channels; activated and transposed in
-registers; convolved there by small products, group by group, whose left operands are those registers; activated and
-summed over the pixels. As registers hold the result, it is a left operand of the projection, and goes to shared memory
-if all hidden channels have room there, else to a workspace that stays in L2 as far as it has room.
+registers; convolved there by small products, group by group, whose left operands are those registers; activated,
+summed over the pixels, and squeezed. As registers hold the result, it is a left operand of the projection, and goes to
+shared memory if all hidden channels have room there, else to a workspace that stays in L2 as far as it has room. If
+only 64 hidden channels are left for a last sweep, each warpgroup may have half of the columns (`mbconv_hopper_half`).
 
-*Project*: squeeze and excite give each hidden channel its gate. The hidden channels come back to registers, are
-multiplied by their gates, and projected. The projection's weights come through a ring in shared memory, by TMA.
+*Project*: excite gives each hidden channel its gate. The hidden channels come back to registers, are multiplied by
+their gates, and projected. The projection's weights come through a ring in shared memory, by TMA.
 
 An image is cut into `bands` of columns. A *tile* is a column of every band: lane g of eight has rows 2 q and 2 q + 1 of
 a band, where g = `pairs` band + q. Pixels lie in shared memory tile by tile, the even rows of all lanes before the odd.
@@ -49,7 +50,6 @@ from fusion.triton_kernels.mbconv_hopper_project import (
     project,
 )
 from fusion.triton_kernels.mbconv_hopper_spec import (
-    HIDDEN,
     PRODUCT_WIDTHS,
     TILE,
     UNIT,

@@ -21,7 +21,7 @@ from fusion.triton_kernels.mbconv_hopper_produce import (
     load_squeeze,
     squeeze_pool,
 )
-from fusion.triton_kernels.mbconv_hopper_registers import activate, convolve, no_tile, pixel_mask
+from fusion.triton_kernels.mbconv_hopper_registers import activate, convolve, pixel_mask
 from fusion.triton_kernels.mbconv_hopper_spec import (
     HIDDEN,
     TILE,

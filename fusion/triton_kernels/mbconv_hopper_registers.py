@@ -101,16 +101,19 @@ def beside(tile, DIRECTION: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.constexpr_function
-def product_text(depth, dtype, left, right, sums):
-    """Products of both groups; each argument has a function of the group that names registers."""
+def product_text(depth, dtype, left, right, sums, groups=(0, 1)):
+    """Products of two groups, or of one of them; the other keeps its sums. Functions tell each group's registers."""
     text = ""
+    types = f"f32.{type_name(dtype)}.{type_name(dtype)}.f32"
     for group in range(2):
         outs, a, b, c = (
             ",".join(f"${register}" for register in operand(group))
             for operand in (lambda group: range(4 * group, 4 * group + 4), left, right, sums)
         )
-        types = f"f32.{type_name(dtype)}.{type_name(dtype)}.f32"
-        text += f"mma.sync.aligned.m16n8k{depth}.row.col.{types} {{{outs}}}, {{{a}}}, {{{b}}}, {{{c}}}; "
+        if group in groups:
+            text += f"mma.sync.aligned.m16n8k{depth}.row.col.{types} {{{outs}}}, {{{a}}}, {{{b}}}, {{{c}}}; "
+        else:
+            text += "".join(f"mov.b32 ${4 * group + i}, ${register}; " for i, register in enumerate(sums(group)))
     return text
 
 
@@ -200,9 +203,9 @@ def convolve(left, here, right, weights, pool, mask, S: gl.constexpr):
 
 @gluon.jit
 def pixel_mask(column, S: gl.constexpr):
-    """[hidden, tile] int32: all bits set in registers that hold pixels of the image, of tile `column`, which may differ from row to row.
+    """[hidden, tile] int32: all bits set in registers that hold pixels of the image, of the tile of `column`.
 
-    Where all do, nobody looks at it.
+    That may be a vector, [hidden]. Where all registers hold pixels, nobody looks at the mask.
     """
     if S.exact:
         return no_tile()
@@ -229,7 +232,7 @@ def means_text(S, dtype):
 
 @gluon.jit
 def means(pool, like, S: gl.constexpr):
-    """A lane's shares of the means over all pixels: a right operand, hidden channels by eight shares to be added; 16 bits as `like`."""
+    """Eight lanes' shares of the means over all pixels: a right operand, hidden channels by shares, 16 bits as `like`."""
     return gl.inline_asm_elementwise(
         means_text(S, like.dtype), registers("4r", "8f"), [pool], dtype=like.dtype, is_pure=True, pack=8
     )
@@ -238,19 +241,14 @@ def means(pool, like, S: gl.constexpr):
 @gluon.constexpr_function
 def add_text(dtype, halves, left_count):
     right, sums = 8 + left_count, 12 + left_count
-    text = ""
-    for half in range(2):
-        outs, a, c = (
-            ",".join(f"${register}" for register in range(first + 4 * half, first + 4 * half + 4))
-            for first in (0, 8, sums)
-        )
-        if half in halves:
-            types = f"f32.{type_name(dtype)}.{type_name(dtype)}.f32"
-            b = f"${right},${right + 2}"
-            text += f"mma.sync.aligned.m16n8k16.row.col.{types} {{{outs}}}, {{{a}}}, {{{b}}}, {{{c}}}; "
-        else:
-            text += "".join(f"mov.b32 ${4 * half + i}, ${sums + 4 * half + i}; " for i in range(4))
-    return text
+    return product_text(
+        16,
+        dtype,
+        lambda half: range(8 + 4 * half, 12 + 4 * half),
+        lambda half: (right, right + 2),
+        lambda half: range(sums + 4 * half, sums + 4 * half + 4),
+        halves,
+    )
 
 
 @gluon.jit

@@ -33,8 +33,8 @@ class PackedMBConvHopper:
     rounded, and what rounding lost. `taps` is `[blocks, sweeps, 5, 8 warps, 32 lanes, 8]`: right operands of products,
     the rows above and below of each column, then those of the same row. `conv_bias` is
     `[blocks, sweeps, 8 warps, 4, 8]` in fp32: what each lane of four adds to its sums. `squeeze` and `excite` are
-    `[blocks, sweeps, elements]`: left operands as those of `expand`, 16 squeeze channels by a warp's 16 hidden channels,
-    and the other way round. `project` is `[blocks, rows, 64]`: for each step every slab of output channels,
+    `[blocks, sweeps, elements]`: left operands as those of `expand`, 16 squeeze channels by a warp's 16 hidden
+    channels, and the other way round. `project` is `[blocks, rows, 64]`: for each step every slab of output channels,
     `[step, slab]` as shared memory holds it. The other biases are fp32.
     """
 

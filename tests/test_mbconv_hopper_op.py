@@ -215,8 +215,8 @@ ERRORS = [
     (
         lambda k: {"squeeze_channels": 17},
         ValueError,
-        r"squeeze must be a contiguous \[1, 128, 32\] for 24 input, 72 hidden and 24 output channels with "
-        r"MBConvHopperTile\(.*got shape \[1, 128, 16\] with strides .*pack the weights for this tile with "
+        r"squeeze must be a contiguous \[1, 1, 4096\] for 24 input, 72 hidden and 24 output channels with "
+        r"MBConvHopperTile\(.*got shape \[1, 1, 2048\] with strides .*pack the weights for this tile with "
         r"fusion.mbconv_hopper_weights.pack_mbconv_hopper",
     ),
     (lambda k: {"hidden_channels": 136}, ValueError, r"expand must be a contiguous \[1, 2, 6144\]"),
@@ -224,9 +224,9 @@ ERRORS = [
     (lambda k: {"out_channels": 72}, ValueError, r"project must be a contiguous \[1, 160, 64\]"),
     (lambda k: {"taps": k["taps"][:, :, :4]}, ValueError, r"taps must be a contiguous \[1, 1, 5, 8, 32, 8\]"),
     (lambda k: {"conv_bias": k["conv_bias"][0]}, ValueError, r"conv_bias must be a contiguous \[1, 1, 8, 4, 8\]"),
-    (lambda k: {"excite": k["excite"].mT}, ValueError, r"excite must be a contiguous \[1, 256, 16\].*\[1, 16, 256\]"),
+    (lambda k: {"excite": k["excite"].mT}, ValueError, r"excite must be a contiguous \[1, 1, 2048\].*\[1, 2048, 1\]"),
     (lambda k: {"squeeze_bias": k["squeeze_bias"][:, :3]}, ValueError, r"squeeze_bias must be a contiguous \[1, 16\]"),
-    (lambda k: {"excite_bias": k["excite_bias"][:, :72]}, ValueError, r"excite_bias must be a contiguous \[1, 256\]"),
+    (lambda k: {"excite_bias": k["excite_bias"][:, :72]}, ValueError, r"excite_bias must be a contiguous \[1, 128\]"),
     (lambda k: {"project_bias": k["project_bias"][0]}, ValueError, r"project_bias must be a contiguous \[1, 32\]"),
     (
         lambda k: {"expand": twice(k["expand"])},

@@ -24,6 +24,9 @@ SIZES = [
     (128, 512, 256, 32),
     (8, 8, 8, 1),
     (16, 328, 200, 33),
+    (144, 576, 208, 36),
+    (48, 192, 240, 48),
+    (24, 136, 24, 100),
 ]
 FP32 = ("conv_bias", "squeeze_bias", "excite_bias", "project_bias")
 HALVED = ("expand", "expand_bias", "conv", "conv_bias")
@@ -38,6 +41,16 @@ def pack(random_mbconv_weights):
         return weights, pack_mbconv_hopper(weights, tile, torch.float64, "cpu")
 
     return packed_weights
+
+
+def fragment_start(depth, depths, thread):
+    """First of a thread's 8 elements for a product of depth 16, in a sweep of the left operands of `depths` of them.
+
+    Two products that follow each other lie side by side, 16 elements a thread; an odd last one is alone.
+    """
+    if depth == depths - 1 and depths % 2:
+        return depth * 256 * 8 + thread * 8
+    return depth // 2 * 256 * 16 + thread * 16 + depth % 2 * 8
 
 
 def assert_unpacked(unpacked, weights):
@@ -140,17 +153,14 @@ def test_padding_is_zero(sizes, pack):
 def test_expand_is_as_threads_hold_the_left_operand(channels, ins, pack):
     """Fragments of mma: thread 32 warp + 4 row + pair has 8 elements, [column + 8][row + 8][2 columns].
 
-    Two products that follow each other lie side by side, 16 elements a thread; an odd last one is alone. Row + 8 is the
-    warp's second group of channels. After the input's channels comes the bias.
+    Row + 8 is the warp's second group of channels. After the input's channels comes the bias.
     """
     weights, packed = pack(channels, 160, 112, 3)
     depths = ins // 16 + 1
     assert list(packed.expand.shape) == [1, 2, depths * 256 * 8]
     bits = (0, 1), (0, 1), (0, 1)
     for sweep, depth, warp, row, pair in product((0, 1), range(depths), (0, 1, 2, 7), (0, 5), range(4)):
-        thread = 32 * warp + 4 * row + pair
-        alone = depth == depths - 1 and depths % 2
-        start = depth * 256 * 8 + thread * 8 if alone else depth // 2 * 256 * 16 + thread * 16 + depth % 2 * 8
+        start = fragment_start(depth, depths, 32 * warp + 4 * row + pair)
         for half, group, odd in product(*bits):
             hidden, channel = 128 * sweep + 16 * warp + 8 * group + row, 16 * depth + 8 * half + 2 * pair + odd
             expected = 0
@@ -209,13 +219,75 @@ def test_the_projection_is_steps_of_slabs(out_channels, widths, tile, pack):
             assert found == expected, (hidden, start, column)
 
 
-def test_other_weights_have_hidden_channels_as_rows(pack):
+SQUEEZE_DEPTHS = [(3, 1), (18, 2), (36, 3), (48, 3), (100, 7)]
+
+
+@pytest.mark.parametrize("squeeze, depths", SQUEEZE_DEPTHS, ids=str)
+def test_excite_is_as_threads_hold_the_left_operand(squeeze, depths, pack):
+    """As of the expansion: rows are hidden channels, columns squeeze channels, up to a multiple of 16."""
+    weights, packed = pack(24, 160, 40, squeeze)
+    assert list(packed.excite.shape) == [1, 2, depths * 256 * 8]
+    bits = (0, 1), (0, 1), (0, 1)
+    for sweep, depth, warp, row, pair in product((0, 1), range(depths), (0, 1, 2, 7), (0, 5), range(4)):
+        start = fragment_start(depth, depths, 32 * warp + 4 * row + pair)
+        for half, group, odd in product(*bits):
+            hidden, channel = 128 * sweep + 16 * warp + 8 * group + row, 16 * depth + 8 * half + 2 * pair + odd
+            expected = weights.excite[hidden, channel] if hidden < 160 and channel < squeeze else 0
+            found = packed.excite[0, sweep, start + 4 * half + 2 * group + odd]
+            assert found == expected, (sweep, depth, warp, row, pair, half, group, odd)
+
+
+@pytest.mark.parametrize("squeeze, depths", SQUEEZE_DEPTHS, ids=str)
+def test_squeeze_is_as_threads_hold_the_left_operand(squeeze, depths, pack):
+    """Of a product of depth 16 rows are squeeze channels, and columns the hidden channels of a warp.
+
+    So all warps have the same squeeze channels, each its own part of the sum, and the next product has the next 16.
+    """
+    weights, packed = pack(24, 160, 40, squeeze)
+    assert list(packed.squeeze.shape) == [1, 2, depths * 256 * 8]
+    bits = (0, 1), (0, 1), (0, 1)
+    for sweep, depth, warp, row, pair in product((0, 1), range(depths), (0, 1, 2, 7), (0, 5), range(4)):
+        start = fragment_start(depth, depths, 32 * warp + 4 * row + pair)
+        for half, group, odd in product(*bits):
+            channel, hidden = 16 * depth + 8 * group + row, 128 * sweep + 16 * warp + 8 * half + 2 * pair + odd
+            expected = weights.squeeze[channel, hidden] if hidden < 160 and channel < squeeze else 0
+            found = packed.squeeze[0, sweep, start + 4 * half + 2 * group + odd]
+            assert found == expected, (sweep, depth, warp, row, pair, half, group, odd)
+
+
+def test_single_weights_of_squeeze_and_excite_have_their_places(pack):
+    """Worked out by hand for 328 hidden and 36 squeeze channels: three sweeps, a pair of products and a single one."""
+    weights, packed = pack(24, 328, 40, 36)
+    squeeze, excite = packed.squeeze[0], packed.excite[0]
+    for hidden, channel, sweep, place in (
+        (0, 0, 0, 0),
+        (0, 1, 0, 1),
+        (0, 35, 0, 2 * 256 * 8 + 8 * 1 + 1),  # the single product: lane 1 has columns 2 and 3
+        (9, 0, 0, 16 * 4 + 2),  # row 8 + 1
+        (141, 17, 1, 16 * 20 + 8 + 2 + 1),  # the pair's second product, row 8 + 5, column 1
+        (327, 26, 2, 16 * (4 * 32 + 4 * 7 + 1) + 8 + 4),  # warp 4, row 7, column 8 + 2
+    ):
+        assert excite[sweep, place] == weights.excite[hidden, channel] != 0, (hidden, channel)
+    for channel, hidden, sweep, place in (
+        (0, 0, 0, 0),
+        (0, 1, 0, 1),
+        (1, 0, 0, 16 * 4),
+        (0, 9, 0, 4 + 1),  # column 8 + 1
+        (0, 16, 0, 16 * 32),  # warp 1
+        (35, 0, 0, 2 * 256 * 8 + 8 * 12),  # the single product, row 3
+        (17, 141, 1, 16 * 6 + 8 + 4 + 1),  # the pair's second product, row 1, column 8 + 5
+        (26, 327, 2, 16 * (4 * 32 + 4 * 2 + 3) + 8 + 2 + 1),  # warp 4, row 8 + 2, column 7
+    ):
+        assert squeeze[sweep, place] == weights.squeeze[channel, hidden] != 0, (channel, hidden)
+
+
+def test_the_other_biases_are_rows(pack):
+    """Padded with zeros: to depths of 16, to sweeps of 128, to slabs."""
     weights, packed = pack(24, 328, 40, 18)
-    assert list(packed.squeeze.shape) == [1, 384, 32] and list(packed.excite.shape) == [1, 512, 32]
-    assert torch.equal(packed.squeeze[0, :328, :18], weights.squeeze.T)
-    assert torch.equal(packed.excite[0, :328, :18], weights.excite)
-    assert [list(getattr(packed, name).shape) for name in FP32[1:]] == [[1, 32], [1, 512], [1, 48]]
-    assert torch.equal(packed.excite_bias[0, :328], weights.excite_bias.float())
+    assert [list(getattr(packed, name).shape) for name in FP32[1:]] == [[1, 32], [1, 384], [1, 48]]
+    for name, channels in zip(FP32[1:], (18, 328, 40), strict=True):
+        row = getattr(packed, name)[0]
+        assert torch.equal(row[:channels], getattr(weights, name).float()) and not row[channels:].any(), name
 
 
 @pytest.mark.parametrize("group_width", [4, 16])

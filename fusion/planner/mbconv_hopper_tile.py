@@ -161,13 +161,21 @@ class MBConvHopperTile:
         """Output channels of each product of the projection."""
         return slab_widths(out_channels, PRODUCT_CHANNELS)
 
-    def reads_ahead(self, width: int, out_channels: int) -> bool:
-        """Whether a thread has room for the operands of several steps of the projection."""
-        return self._sum_registers(width, out_channels) <= GROUP_REGISTERS
-
     def group(self, width: int, out_channels: int) -> int:
         """Steps of the projection that follow each other without a wait for their products."""
-        return 4 if self.step == min(STEPS) and self.reads_ahead(width, out_channels) else 2
+        return 4 if self.step == min(STEPS) and self._has_room(width, out_channels) else 2
+
+    def reads_ahead(
+        self, width: int, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
+    ) -> bool:
+        """Whether a step's hidden channels are read before the step before has left its stage: not if there are two."""
+        sizes = width, in_channels, hidden_channels, out_channels, squeeze_channels
+        enough = self.is_resident(*sizes) or self.hidden_stages(*sizes) > MIN_STAGES
+        return enough and self._has_room(width, out_channels)
+
+    def _has_room(self, width: int, out_channels: int) -> bool:
+        """Whether a thread has registers for the operands of several steps of the projection."""
+        return self._sum_registers(width, out_channels) <= GROUP_REGISTERS
 
     def _sum_registers(self, width: int, out_channels: int) -> int:
         """Sums of the projection that a thread holds."""
@@ -362,7 +370,8 @@ def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processo
 
     A program's time is that of its tiles, and of what it reads from L2 and writes there.
     """
-    sweeps, columns = tile.sweeps(shape.hidden_channels), tile.columns(shape.width)
+    columns = tile.columns(shape.width)
+    sweeps = tile.computed_hidden(shape.width, shape.hidden_channels) / SWEEP
     passes = tile.passes(shape.width, shape.out_channels)
     streamed = 0 if is_resident(tile, shape) else 2 * tile.pixels(shape.width)
     # Of a hidden channel: rows of all matrices, and its pixels, which are written and read.

@@ -3,7 +3,7 @@
 `python -m fusion.triton_kernels.ahead --block 64,6,64 --capability 8.0 9.0` prints registers, spills, shared memory and
 matrix instructions of each combination; `--hopper-tile 64,64,2,2,1,64,0` does so for the Hopper kernel, and
 `--ffn-tile 2,64,2,4,4,1` for that of the FFN. `--block mbconv:128,4,16` compiles the two portable kernels of
-an MBConv block, `--mbconv-hopper-tile 1,4,4,16` the one for Hopper.
+an MBConv block, `--mbconv-hopper-tile 1,4,32,6` the one for Hopper.
 """
 
 import argparse

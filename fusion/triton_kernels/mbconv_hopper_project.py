@@ -60,7 +60,7 @@ def load_weights(ring, turn, blocks, S: gl.constexpr):
     """Start to load the weights of a turn."""
     vs, full, descs = ring
     row = turn * S.weight_rows
-    if S.turns != S.packed_steps:
+    if S.passes > 1 or S.split:
         row = (turn // S.turns * S.packed_steps + turn % S.turns % S.steps) * S.weight_rows
     for s in gl.static_range(len(S.products)):
         desc = descs[product_index(S.products[s])]

@@ -232,7 +232,7 @@ def means_text(S, dtype):
 
 @gluon.jit
 def means(pool, like, S: gl.constexpr):
-    """Eight lanes' shares of the means over all pixels: a right operand, hidden channels by shares, 16 bits as `like`."""
+    """Eight lanes' shares of the means over all pixels, in 16 bits as `like`: a right operand, channels by shares."""
     return gl.inline_asm_elementwise(
         means_text(S, like.dtype), registers("4r", "8f"), [pool], dtype=like.dtype, is_pure=True, pack=8
     )

@@ -227,7 +227,7 @@ def constants(
         hidden_stages=tile.hidden_stages(width, in_channels, hidden_channels, out_channels, squeeze_channels),
         passes=tile.passes(width, out_channels),
         group=tile.group(width, out_channels),
-        reads_ahead=tile.reads_ahead(width, out_channels),
+        reads_ahead=tile.reads_ahead(width, in_channels, hidden_channels, out_channels, squeeze_channels),
         resident=tile.is_resident(width, in_channels, hidden_channels, out_channels, squeeze_channels),
         split=tile.splits_last(width, hidden_channels),
     )

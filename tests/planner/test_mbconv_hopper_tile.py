@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,20 @@ from fusion.planner.blocks import mbconv
 from fusion.planner.families import MBCONV, MBCONV_HOPPER
 from fusion.planner.match import match_mbconv
 from fusion.planner.mbconv_hopper_tile import (
+    BANDS,
     COMPILER_BYTES,
-    FEW_STAGES,
     LANES,
     LOCAL_MEMORY_BYTES,
     MAX_IMAGES,
     MAX_STAGES,
     MAX_TILES,
+    MIN_STAGES,
+    PASS_REGISTERS,
+    PIECES,
+    PRODUCT_CHANNELS,
+    STEPS,
     SWEEP,
+    TRIED_STAGES,
     MBConvHopperTile,
     candidate_tiles,
     is_resident,
@@ -98,21 +105,36 @@ def test_candidates_are_valid_or_there_is_a_reason(size):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_candidates_have_the_most_stages_or_few(size):
-    """Another stage would not fit, or take the room of hidden channels, which then do not stay in shared memory."""
+def test_candidates_have_the_most_stages_or_others_that_are_tried(size):
+    """Another stage would not fit; of fewer there are eight, six, four and three."""
+    assert TRIED_STAGES == (8, 6, 4, 3)
     for block in shapes(size):
+        stages = {}
+        for tile in candidate_tiles(block, H200):
+            stages.setdefault((tile.bands, tile.piece, tile.step), []).append(tile.stages)
+        for design, found in stages.items():
+            most = found[0]
+            if most < MAX_STAGES:
+                assert why_invalid(MBConvHopperTile(*design, most + 1), block, H200)
+            assert found == [most, *(tried for tried in (8, 6, 4, 3) if tried < most)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_candidates_have_the_fewest_columns_and_the_widest_pieces(size):
+    """Of what a processor can hold, both steps; of pieces half of the widest, too."""
+    for block in shapes(size):
+        valid = [
+            tile
+            for values in product(BANDS, PIECES, STEPS, range(MIN_STAGES, MAX_STAGES + 1))
+            if why_invalid(tile := MBConvHopperTile(*values), block, H200) is None
+        ]
         tiles = list(candidate_tiles(block, H200))
-        most = [tile for tile in tiles if tile.stages != FEW_STAGES]
-        for tile in most:
-            if tile.stages < MAX_STAGES:
-                more = replace(tile, stages=tile.stages + 1)
-                fits = why_invalid(more, block, H200) is None
-                assert not fits or (is_resident(tile, block) and not is_resident(more, block))
-        designs = [(tile.bands, tile.piece, tile.step, is_resident(tile, block)) for tile in most]
-        assert len(set(designs)) == len(designs)
-        for tile in most:
-            few = replace(tile, stages=FEW_STAGES)
-            assert (few in tiles) == (why_invalid(few, block, H200) is None)
+        assert bool(valid) == bool(tiles)
+        fewest = min((tile.columns(size[1]) for tile in valid), default=0)
+        of_fewest = [tile for tile in valid if tile.columns(size[1]) == fewest]
+        widest = max((tile.piece for tile in of_fewest), default=0)
+        expected = {(tile.bands, tile.piece, tile.step) for tile in of_fewest if tile.piece in (widest, widest / 2)}
+        assert {(tile.bands, tile.piece, tile.step) for tile in tiles} == expected
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -140,13 +162,16 @@ def test_how_images_are_divided():
     def divisions(size):
         return {(tile.bands, tile.piece) for tile in candidate_tiles(shape(24, size), H200)}
 
-    assert divisions((16, 16)) == {(1, 4), (1, 2), (1, 1)}
+    assert divisions((16, 16)) == {(1, 4), (1, 2)}
     assert divisions((14, 14)) == {(1, 2), (1, 1)}, "4 does not divide 14"
-    assert divisions((8, 8)) == {(1, 4), (1, 2), (1, 1), (2, 4)}
-    assert divisions((7, 7)) == {(1, 1), (2, 4)}
-    assert divisions((4, 4)) == {(1, 4), (1, 2), (1, 1), (2, 2), (4, 1)}
-    assert divisions((4, 16)) == {(1, 4), (1, 2), (1, 1), (4, 4)}
+    assert divisions((12, 12)) == {(1, 4), (1, 2)}
+    assert divisions((9, 13)) == {(1, 1)}
+    assert divisions((8, 8)) == {(2, 4)}, "two bands have fewer columns than one"
+    assert divisions((7, 7)) == {(2, 4)}
+    assert divisions((4, 4)) == {(4, 1)}
+    assert divisions((4, 16)) == {(4, 4)}
     assert divisions((2, 32)) == {(8, 4)}
+    assert divisions((1, 3)) == {(4, 1), (8, 1)}, "as few columns"
 
 
 def test_bands_have_a_power_of_two_of_columns():
@@ -166,32 +191,85 @@ def test_bands_have_a_power_of_two_of_columns():
 def test_channels_are_padded_to_sweeps_and_slabs():
     assert TILE.hidden == SWEEP
     assert [TILE.sweeps(hidden) for hidden in (8, 128, 136, 576)] == [1, 1, 2, 5]
-    assert [TILE.padded_hidden(hidden) for hidden in (8, 128, 136, 576)] == [128, 128, 256, 640]
-    assert [TILE.squeeze(channels) for channels in (1, 3, 16, 17, 33, 64)] == [16, 16, 16, 32, 64, 64]
-    assert [TILE.gates(hidden) for hidden in (8, 256, 264)] == [256, 256, 512]
+    assert [TILE.padded_hidden(hidden) for hidden in (8, 128, 136, 256, 264, 576)] == [128, 128, 256, 256, 384, 640]
+    assert [TILE.squeeze_depths(channels) for channels in (1, 3, 16, 17, 33, 36, 64, 100)] == [1, 1, 1, 2, 3, 3, 4, 7]
     assert (TILE.in_slabs(24), TILE.in_slabs(144)) == ((32,), (64, 64, 16))
     assert (TILE.out_slabs(24), TILE.out_slabs(144)) == ((32,), (64, 64, 16))
     assert [TILE.depths(channels) for channels in (8, 24, 40, 128, 144)] == [2, 3, 4, 9, 10], "one is of the bias"
 
 
+@pytest.mark.parametrize("channels", [48, 80, 144])
+def test_a_last_sweep_of_few_hidden_channels_is_split(channels):
+    """By columns, for 16 columns in pieces of 4: 192, 320 and 576 hidden channels are 64 more than whole sweeps."""
+    hidden = 4 * channels
+    assert TILE.splits_last(16, hidden)
+    assert TILE.computed_hidden(16, hidden) == hidden
+    assert TILE.padded_hidden(hidden) == hidden + 64, "there are weights for a whole sweep"
+    for step, stages in product(STEPS, (2, 8)):
+        assert MBConvHopperTile(1, 4, step, stages).splits_last(16, hidden)
+    for tile, width in (
+        (replace(TILE, piece=2), 16),
+        (replace(TILE, piece=1), 16),
+        (TILE, 15),
+        (TILE, 12),
+        (TILE, 8),
+        (SMALL, 8),
+        (replace(SMALL, bands=4), 16),
+    ):
+        assert not tile.splits_last(width, hidden)
+        assert tile.computed_hidden(width, hidden) == hidden + 64
+
+
+def test_only_up_to_64_hidden_channels_of_a_last_sweep_are_split():
+    split = [hidden for hidden in range(8, 648, 8) if TILE.splits_last(16, hidden)]
+    assert split == [128 * sweep + more for sweep in range(5) for more in range(8, 72, 8)]
+    assert [TILE.computed_hidden(16, hidden) for hidden in (8, 64, 72, 128, 136, 192, 200, 512)] == [
+        64,
+        64,
+        128,
+        128,
+        192,
+        192,
+        256,
+        512,
+    ]
+
+
+def test_hidden_channels_of_a_split_sweep_do_not_stay():
+    """Even if there is room, whatever the planner is asked for."""
+    sizes = 8, 64, 8, 2
+    assert TILE.memory_bytes(16, *sizes, resident=True) < LOCAL_MEMORY_BYTES
+    assert not TILE.is_resident(16, *sizes)
+    assert replace(TILE, piece=2).is_resident(16, *sizes)
+    assert TILE.is_resident(16, 8, 72, 8, 2), "as many as 128 are not split"
+
+
 def test_how_the_projection_is_divided():
-    """All 256 pixels have two passes where a thread cannot hold their sums; few pixels have narrow products."""
-    channels = 8, 128, 136, 192, 200, 256
-    assert [TILE.passes(16, out) for out in channels] == [1, 1, 1, 1, 2, 2]
-    assert [SMALL.passes(8, out) for out in (*channels, 512)] == [1] * 7
+    """All 256 pixels have two passes where a thread cannot hold their sums; products are up to 256 channels wide."""
+    assert (PASS_REGISTERS, PRODUCT_CHANNELS) == (160, 256)
+    channels = 8, 128, 136, 144, 160, 168, 176, 192, 200, 208, 256
+    assert [TILE.passes(16, out) for out in channels] == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    assert [TILE.passes(14, out) for out in channels] == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2], "there is room for 16"
+    assert [SMALL.passes(8, out) for out in (*channels, 512)] == [1] * 12
     assert [TILE.passes(8, out) for out in (256, 512)] == [1, 1], "128 pixels cannot be divided"
-    assert TILE.products(16, 24) == (32,)
-    assert TILE.products(16, 144) == (128, 16)
-    assert TILE.products(16, 256) == TILE.products(8, 256) == (128, 128)
-    assert SMALL.products(8, 144) == (64, 64, 16)
     for tile, width in ((TILE, 16), (TILE, 8), (SMALL, 8)):
+        assert tile.products(width, 24) == (32,)
+        assert tile.products(width, 128) == (128,)
+        assert tile.products(width, 144) == (128, 16)
+        assert tile.products(width, 192) == (128, 64)
+        assert tile.products(width, 208) == (128, 64, 16)
+        assert tile.products(width, 240) == (128, 64, 32, 16)
+        assert tile.products(width, 256) == (256,)
+        assert tile.products(width, 264) == (256, 16)
+        assert tile.products(width, 512) == (256, 256)
         for out in (8, 24, 40, 128, 144, 200, 256, 512):
             assert sum(tile.products(width, out)) == sum(tile.out_slabs(out)) == -(-out // 16) * 16
 
 
 def test_how_many_steps_follow_each_other():
     """Four if a thread has room for their operands next to its sums."""
-    assert [TILE.group(16, out) for out in (8, 128, 144, 192, 256)] == [4, 4, 2, 2, 4], "two passes halve the sums"
+    outs = 8, 128, 136, 144, 160, 168, 192, 256, 264
+    assert [TILE.group(16, out) for out in outs] == [4, 4, 2, 2, 2, 4, 4, 4, 2], "two passes halve the sums"
     assert [TILE.group(8, out) for out in (128, 256, 264)] == [4, 4, 2]
     assert [SMALL.group(8, out) for out in (128, 256, 512, 520)] == [4, 4, 4, 2]
     for tile, width in ((TILE, 16), (TILE, 8), (SMALL, 8)):
@@ -199,6 +277,29 @@ def test_how_many_steps_follow_each_other():
             assert replace(tile, step=64).group(width, out) == 2
             for step in (32, 64):
                 assert SWEEP // step % replace(tile, step=step).group(width, out) == 0
+
+
+def test_steps_are_read_ahead_where_there_is_room():
+    outs = 8, 128, 136, 144, 160, 168, 192
+    ahead = [True, True, False, False, False, True, True]
+    few = replace(TILE, stages=2)
+    assert [few.reads_ahead(16, 64, 256, out, 16) for out in outs] == ahead, "two passes halve the sums"
+    outs = 128, 256, 512, 520
+    assert [SMALL.reads_ahead(8, 64, 256, out, 16) for out in outs] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (14, 14), (12, 12), (8, 8), (7, 7), (4, 4)], ids=str)
+def test_no_step_is_read_ahead_with_two_stages(size):
+    """Its stage would be filled only after the step before has left it: the kernel would wait forever."""
+    found = 0
+    for channels, expansion, stages in product(range(8, 392, 8), (2, 4, 6), range(MIN_STAGES, MAX_STAGES + 1)):
+        block = shape(channels, size, expansion=expansion)
+        for tile in {replace(tile, stages=stages) for tile in candidate_tiles(block, H200)}:
+            sizes = size[1], channels, block.hidden_channels, channels, block.squeeze_channels
+            if not tile.is_resident(*sizes) and tile.hidden_stages(*sizes) == MIN_STAGES:
+                assert not tile.reads_ahead(*sizes), (channels, tile)
+                found += 1
+    assert found
 
 
 @pytest.mark.parametrize("channels, stages, step", [(128, 8, 64), (144, 8, 64), (192, 8, 64), (256, 3, 32)], ids=str)
@@ -219,29 +320,101 @@ def test_hidden_channels_of_larger_images_do_not_stay():
 def test_shared_memory():
     """Each in bytes: input and constant one, output unless it takes the input's place, weights, hidden, gates.
 
-    The squeeze vector is there nine times: of all, and each warp's share.
+    The constant one has the pixels of a piece. Next to the gates are the output's bias and the squeeze vector, which is
+    there nine times: of all, and each warp's share.
     """
     stages = 6 * 32 * 128 * 2
+    gates = 512 * 2 + 128 * 4 + 9 * 32 * 4
+    fixed = 256 * 128 * 2 + 4 * 16 * 16 * 2 + stages + gates + COMPILER_BYTES
+    assert TILE.fixed_bytes(16, 128, 512, 128, 32) == fixed
     streamed = 6 * 32 * 256 * 2
-    expected = 256 * (128 + 16) * 2 + stages + streamed + (512 * 2 + 9 * 32 * 4) + COMPILER_BYTES
+    expected = fixed + streamed
     assert TILE.memory_bytes(16, 128, 512, 128, 32, resident=False) == expected
     assert local_memory_bytes(TILE, shape(), H200) == expected <= LOCAL_MEMORY_BYTES
     hidden = 256 * 512 * 2
-    assert TILE.memory_bytes(16, 128, 512, 128, 32, resident=True) == expected - streamed + hidden > LOCAL_MEMORY_BYTES
+    assert TILE.memory_bytes(16, 128, 512, 128, 32, resident=True) == fixed + hidden > LOCAL_MEMORY_BYTES
     output = 256 * 112 * 2
-    narrower = expected - 6 * 32 * 16 * 2 + output
+    narrower = fixed - 6 * 32 * 16 * 2 + output + 3 * 32 * 256 * 2
     assert TILE.memory_bytes(16, 128, 512, 112, 32, resident=False) == narrower, "slabs differ from the input's"
-    two_passes = 256 * (256 + 16) * 2 + 6 * 32 * (256 + 128) * 2 + (1024 * 2 + 9 * 64 * 4) + COMPILER_BYTES
-    assert TILE.memory_bytes(16, 256, 1024, 256, 64, resident=False) == two_passes, "hidden of half of the pixels"
-    small = 64 * (256 + 16) * 2 + 3 * 32 * 256 * 2 + 64 * 1024 * 2 + (1024 * 2 + 9 * 64 * 4) + COMPILER_BYTES
+    gates = 1024 * 2 + 256 * 4 + 9 * 64 * 4
+    two_passes = 256 * 256 * 2 + 4 * 16 * 16 * 2 + 4 * 32 * 256 * 2 + 3 * 32 * 128 * 2 + gates + COMPILER_BYTES
+    few = replace(TILE, stages=4)
+    assert few.memory_bytes(16, 256, 1024, 256, 64, resident=False) == two_passes, "hidden of half of the pixels"
+    small = 64 * (256 + 16) * 2 + 3 * 32 * 256 * 2 + 64 * 1024 * 2 + gates + COMPILER_BYTES
     assert local_memory_bytes(SMALL, shape(256, (8, 8)), H200) == small
 
 
+def test_shared_memory_of_a_split_sweep():
+    """Two pieces of the constant one. There are gates for whole sweeps, 640, so 1024; 36 squeeze channels take 64."""
+    gates = 1024 * 2 + 256 * 4 + 9 * 64 * 4
+    fixed = 256 * 144 * 2 + 2 * 4 * 16 * 16 * 2 + 6 * 32 * 144 * 2 + gates + COMPILER_BYTES
+    assert TILE.fixed_bytes(16, 144, 576, 144, 36) == fixed
+    assert local_memory_bytes(TILE, shape(144), H200) == fixed + 5 * 32 * 256 * 2
+    narrow = replace(TILE, piece=2)
+    assert narrow.fixed_bytes(16, 144, 576, 144, 36) == fixed - 3 * 2 * 16 * 16 * 2, "not split: a piece, of two tiles"
+
+
+def test_gates_biases_and_the_squeeze_vector_have_powers_of_two():
+    for hidden, gates in ((8, 128), (128, 128), (136, 256), (264, 512), (512, 512), (576, 1024)):
+        assert TILE.gate_bytes(hidden, 16, 1) == gates * 2 + 16 * 4 + 9 * 32 * 4
+    for out, biases in ((8, 16), (24, 32), (40, 64), (128, 128), (136, 256), (256, 256), (264, 512)):
+        assert TILE.gate_bytes(128, out, 1) == 128 * 2 + biases * 4 + 9 * 32 * 4
+    for channels, squeeze in ((1, 32), (16, 32), (32, 32), (33, 64), (36, 64), (65, 128), (100, 128)):
+        assert TILE.gate_bytes(128, 16, channels) == 128 * 2 + 16 * 4 + 9 * squeeze * 4
+
+
+@pytest.mark.parametrize(
+    "tile, width, channels, count",
+    [
+        (TILE, 16, (128, 512, 128, 32), 6),  # 119936 bytes are fixed, of 232448: 6.9 stages of 16384
+        (replace(TILE, stages=8), 16, (128, 512, 128, 32), 5),  # 136320: 5.9
+        (replace(TILE, stages=4), 16, (128, 512, 128, 32), 7),  # 103552: 7.9
+        (replace(TILE, stages=2), 16, (128, 512, 128, 32), MAX_STAGES),  # 87168: 8.9
+        (replace(TILE, step=64, stages=3), 16, (128, 512, 128, 32), 3),  # 119936: 3.4 of 32768
+        (TILE, 16, (24, 96, 24, 6), MAX_STAGES),
+        (TILE, 16, (144, 576, 144, 36), 5),  # 139008, split: 5.7
+        (TILE, 16, (256, 1024, 256, 64), MIN_STAGES),  # 237312: none has room
+        (replace(TILE, stages=4), 16, (256, 1024, 256, 64), 3),  # 204544: 3.4 of 8192, of half of the pixels
+        (replace(TILE, stages=3), 16, (256, 1024, 256, 64), 5),  # 188160: 5.4
+        (replace(TILE, stages=2), 16, (256, 1024, 256, 64), 7),  # 171776: 7.4
+        (SMALL, 8, (256, 1024, 256, 64), MAX_STAGES),
+        (MBConvHopperTile(2, 4, 64, 5), 8, (256, 512, 256, 64), 3),  # 203520: 3.5
+    ],
+    ids=str,
+)
+def test_how_many_steps_of_hidden_channels_are_on_their_way(tile, width, channels, count):
+    """As many as have room, but no fewer than two and no more than eight."""
+    assert (MIN_STAGES, MAX_STAGES) == (2, 8)
+    assert tile.hidden_stages(width, *channels) == count
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_another_stage_of_hidden_channels_would_not_fit(size):
+    for block, (_, hidden, out, _) in zip(shapes(size), CHANNELS, strict=True):
+        width, channels = size[1], (block.in_channels, hidden, out, block.squeeze_channels)
+        for tile in candidate_tiles(block, H200):
+            count, stage = tile.hidden_stages(width, *channels), tile.hidden_stage_bytes(width, out)
+            assert MIN_STAGES <= count <= MAX_STAGES
+            assert stage == tile.step * tile.pixels(width) // tile.passes(width, out) * 2
+            total = tile.fixed_bytes(width, *channels) + count * stage
+            assert tile.memory_bytes(width, *channels, resident=False) == total
+            if not is_resident(tile, block):
+                assert total <= LOCAL_MEMORY_BYTES
+            assert count in (MIN_STAGES, MAX_STAGES) or total <= LOCAL_MEMORY_BYTES < total + stage
+            assert count == MAX_STAGES or total + stage > LOCAL_MEMORY_BYTES
+
+
 def test_workspace():
-    """Hidden channels with their padding, of all pixels that there is room for."""
+    """Hidden channels that are computed, with their padding, of all pixels that there is room for."""
     assert TILE.workspace_elements(16, 512) == 512 * 256
     assert TILE.workspace_elements(14, 576) == 640 * 256
     assert SMALL.workspace_elements(7, 72) == 128 * 64
+    assert TILE.workspace_elements(16, 576) == 576 * 256, "the last sweep is split"
+    assert TILE.workspace_elements(16, 552) == 576 * 256
+    assert TILE.workspace_elements(16, 584) == 640 * 256
+    assert replace(TILE, piece=2).workspace_elements(16, 576) == 640 * 256
+    for width, hidden in product((8, 14, 15, 16), (8, 64, 72, 128, 192, 320, 512, 576)):
+        assert TILE.workspace_elements(width, hidden) == TILE.computed_hidden(width, hidden) * TILE.pixels(width)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,25 @@ CASES = [
     Case(144, 576, (1, 4, 64, 2), squeeze=33, size=(16, 16), dtype=torch.bfloat16),
     Case(40, 160, (1, 1, 32, 4), out_channels=64, squeeze=18, size=(9, 13), activation="relu", dtype=torch.bfloat16),
     Case(256, 768, (1, 1, 32, 3), squeeze=64, size=(16, 16), activation="relu", dtype=torch.bfloat16),
+    # A last sweep of up to 64 hidden channels, whose columns the warpgroups divide: after others and alone, that has
+    # all of these channels and that does not, with images that fill their rows and that do not.
+    Case(48, 192, (1, 4, 64, 3), squeeze=3, size=(16, 16)),
+    Case(16, 64, (1, 4, 32, 8), squeeze=48, size=(13, 16), activation="relu", dtype=torch.bfloat16),
+    Case(144, 552, (1, 4, 32, 4), out_channels=48, squeeze=36, size=(13, 16), activation="relu"),
+    # With two passes; with the least room for what a warpgroup tells the other; with as many steps in both passes as
+    # there are in the weights of a whole sweep.
+    Case(208, 832, (1, 4, 32, 7), squeeze=52, size=(16, 16), dtype=torch.bfloat16),
+    Case(48, 192, (1, 4, 32, 2), out_channels=240, squeeze=100, size=(13, 16)),
+    Case(24, 64, (1, 4, 32, 4), out_channels=208, size=(16, 16)),
+    # Two passes with whole sweeps only.
+    Case(192, 768, (1, 4, 64, 2), squeeze=48, size=(16, 16)),
+    # Sweeps in pairs and one by one, all tiles of each at once; several products of different widths.
+    Case(128, 512, (2, 4, 32, 4), squeeze=32),
+    Case(128, 512, (2, 4, 64, 4), out_channels=208, squeeze=100, activation="relu"),
+    Case(144, 576, (2, 4, 32, 6), out_channels=240, squeeze=36, dtype=torch.bfloat16),
+    # Hidden channels that do not stay, and room for no more than two steps of them on their way back.
+    Case(168, 672, (2, 4, 64, 8), squeeze=42),
+    Case(216, 864, (1, 4, 32, 6), squeeze=54, size=(16, 16)),
 ]
 STREAMED_CASES = [case for case in CASES if not case.resident]
 
@@ -235,6 +254,7 @@ LAUNCH_CASES = [
     Case(24, 72, (4, 1, 32, 2), size=(4, 4), batch=19),
     Case(144, 576, (1, 4, 32, 4), squeeze=33, size=(16, 16), batch=5),
     Case(256, 512, (2, 4, 64, 3), squeeze=64, batch=5),
+    Case(48, 192, (1, 4, 64, 3), squeeze=3, size=(16, 16), batch=5),
 ]
 
 
@@ -294,6 +314,7 @@ NEIGHBOUR_CASES = [
     Case(24, 72, (2, 4, 64, 4), batch=5),
     Case(24, 72, (1, 1, 32, 3), size=(7, 7), batch=5),
     Case(24, 1024, (1, 2, 32, 4), batch=5),
+    Case(24, 192, (1, 4, 32, 4), size=(13, 16), batch=5),
 ]
 
 
@@ -320,6 +341,8 @@ STACK_CASES = [
     Case(144, 576, (1, 4, 32, 4), squeeze=33, size=(16, 16), batch=5),
     Case(72, 360, (1, 1, 64, 2), squeeze=18, size=(15, 13), batch=140),
     Case(256, 512, (1, 2, 32, 3), squeeze=64, size=(14, 14), batch=5, dtype=torch.bfloat16),
+    Case(128, 512, (2, 4, 64, 4), squeeze=32, size=(8, 8), batch=140),
+    Case(208, 448, (1, 4, 32, 3), squeeze=52, size=(13, 16), batch=5, activation="relu", dtype=torch.bfloat16),
 ]
 
 
@@ -372,6 +395,7 @@ CHAIN_CASES = [
     Case(128, 512, (1, 4, 64, 3), squeeze=32, size=(16, 16), batch=140),
     Case(144, 576, (2, 4, 64, 6), squeeze=36, size=(8, 8), batch=200),
     Case(24, 72, (2, 4, 64, 4), size=(7, 7)),
+    Case(48, 192, (1, 4, 64, 3), squeeze=3, size=(16, 16), batch=140),
 ]
 
 
@@ -442,7 +466,7 @@ def test_deterministic_algorithms_give_equal_bits(random_mbconv_weights, determi
     assert torch.equal(run_op(x, weights, case), outs[0])
 
 
-@pytest.mark.parametrize("channels, size", [(64, 16), (72, 7)])
+@pytest.mark.parametrize("channels, size", [(64, 16), (72, 7), (144, 16)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_module_takes_the_kernel(dtype, channels, size, assert_within_rule):
     torch.manual_seed(0)

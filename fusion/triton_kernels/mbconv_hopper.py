@@ -189,7 +189,7 @@ def new_hidden(dtype: gl.constexpr, S: gl.constexpr):
         return stages, stages
 
 
-@gluon.jit(do_not_specialize=["blocks"])
+@gluon.jit(do_not_specialize=["blocks", "pieces"])
 def mbconv_hopper_kernel(
     x_ptr,  # [N, H, W, C]
     out_ptr,  # [N, H, W, K]
@@ -209,6 +209,7 @@ def mbconv_hopper_kernel(
     project_bias_ptr,
     workspace_ptr,  # [programs, hidden x pixels]
     blocks,
+    pieces,  # of an image
     S: gl.constexpr,
 ):
     dtype: gl.constexpr = x_ptr.dtype.element_ty
@@ -243,7 +244,7 @@ def mbconv_hopper_kernel(
     for block in range(0, blocks):
         if not S.at_once:
             left = load_left(expand_ptr, block * S.sweeps, True, dtype, S)
-        left, squeezed = produce(block, blocks, left, xs_and_ones, weights, (ws, hidden), dtype, S)
+        left, squeezed = produce(block, blocks, pieces, left, xs_and_ones, weights, (ws, hidden), dtype, S)
         if S.split:
             squeezed = produce_half(block, squeezed, xs_and_ones, weights, ws, hidden[0].index(0), dtype, S)
         if not S.resident:
@@ -337,6 +338,7 @@ def launch(
             project_bias_ptr=project_bias,
             workspace_ptr=workspace,
             blocks=len(expand),
+            pieces=spec.columns // spec.piece,
             S=spec,
             num_warps=planned.WARPS,
             launch_pdl=True,

@@ -218,8 +218,13 @@ def squeeze_pool(pool, squeeze, squeezed, like, S: gl.constexpr):
 
 
 @gluon.jit
-def produce_sweep(block, blocks, sweep, left, squeezed, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
-    """128 hidden channels of the image, pooled and squeezed. `left` is U; returns U of the next sweep."""
+def produce_sweep(
+    block, blocks, pieces, sweep, left, squeezed, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr
+):
+    """128 hidden channels of the image, pooled and squeezed. `left` is U; returns U of the next sweep.
+
+    The compiler does not know the number of `pieces`: what it made of a loop of three, unrolled, was wrong.
+    """
     expand_ptr, taps_ptr, bias_ptr, squeeze_ptr = weights
     of_all = block * S.sweeps + sweep
     conv = load_conv(taps_ptr, bias_ptr, of_all, WARPS, S)
@@ -243,7 +248,7 @@ def produce_sweep(block, blocks, sweep, left, squeezed, xs, weights, target, dty
         sums = start_expand(operands, xs, 1, S)
         window, pool = convolve_piece((no_tile(),), tiles, 0, conv, pool, target, sweep, S)
         sums = finish_expand(sums)
-        for piece in range(1, PIECES - 1):
+        for piece in range(1, pieces - 1):
             tiles = tiles_of(sums, piece, dtype, S)
             sums = start_expand(operands, xs, piece + 1, S)
             window, pool = convolve_piece(window, tiles, piece * S.piece - 1, conv, pool, target, sweep, S)
@@ -256,7 +261,7 @@ def produce_sweep(block, blocks, sweep, left, squeezed, xs, weights, target, dty
 
 
 @gluon.jit
-def produce(block, blocks, left, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
+def produce(block, blocks, pieces, left, xs, weights, target, dtype: gl.constexpr, S: gl.constexpr):
     """Hidden channels of the image, and each warp's shares of the squeeze vector; whole sweeps only.
 
     `left` is U of the block's first sweep; returns that of the next block, and the shares. These are [hidden, tile] for
@@ -272,6 +277,6 @@ def produce(block, blocks, left, xs, weights, target, dtype: gl.constexpr, S: gl
         for i in gl.static_range(fixed(S.together)):
             sweep = turn * S.together + i
             left, squeezed = produce_sweep(
-                block, blocks, sweep, left, squeezed, xs, weights, (ws, hidden[i], turn * S.tiles), dtype, S
+                block, blocks, pieces, sweep, left, squeezed, xs, weights, (ws, hidden[i], turn * S.tiles), dtype, S
             )
     return left, squeezed

@@ -1,7 +1,7 @@
 """Run the Hopper kernels on small blocks, for compute-sanitizer to watch.
 
-    compute-sanitizer --tool memcheck --kernel-regex kns=hopper python bench/sanitize.py
-    compute-sanitizer --tool racecheck --kernel-regex kns=hopper python bench/sanitize.py
+    compute-sanitizer --tool memcheck --kernel-name kns=hopper python bench/sanitize.py
+    compute-sanitizer --tool racecheck --kernel-name kns=hopper python bench/sanitize.py
 
 One tile of each way to run: one and two partitions, weights that stay and weights that are streamed, every width of a
 slab, images and bands side by side, hidden channels in shared memory and in a workspace, sweeps in pairs and one that

@@ -60,7 +60,8 @@ class FusedStage(nn.Module):
         for block in self.blocks:
             graphs.append(block.graph(batch, *x.shape[2:], channels, x.dtype))
             channels = block.weights.out_channels
-        return micro_batch_images(graphs, get_processor(processor_of_device(x.device)))
+        whole_images = self.blocks[0].plan(x).kernel == MBCONV_HOPPER.name
+        return micro_batch_images(graphs, get_processor(processor_of_device(x.device)), whole_images)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:

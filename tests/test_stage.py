@@ -41,13 +41,17 @@ def test_the_planner_chooses(blocks, monkeypatch):
     x = torch.randn(5, 16, 6, 7)
     inputs = x, *(torch.randn(5, 24, 6, 7) for _ in range(2))
     graphs = [block.plan(part).program.graph for block, part in zip(stage.blocks, inputs, strict=True)]
-    assert stage.images(x) == micro_batch_images(graphs, get_processor("h200")) == 5
+    whole_images = stage.blocks[0].plan(x).kernel == "mbconv_hopper"
+    assert stage.images(x) == micro_batch_images(graphs, get_processor("h200"), whole_images) == 5
     asked = []
-    monkeypatch.setattr(
-        "fusion.stage.micro_batch_images", lambda graphs, processor: (asked.append((graphs, processor.name)), 2)[1]
-    )
+
+    def answer(graphs, processor, whole_images):
+        asked.append((graphs, processor.name, whole_images))
+        return 2
+
+    monkeypatch.setattr("fusion.stage.micro_batch_images", answer)
     torch.testing.assert_close(stage(x), FusedStage(stage.blocks)(x), rtol=1e-5, atol=1e-5)
-    assert asked == [(graphs, "h200")]
+    assert asked == [(graphs, "h200", whole_images)]
 
 
 def test_compiles_as_one_graph(blocks):

@@ -59,17 +59,17 @@ COMPILER_BYTES = 512
 MAX_IMAGES = 2**20
 
 # Fitted to measurements on an H200 at batch 128 (tests/planner/test_mbconv_hopper_tile.py).
-LAUNCH_US = 6.0
-TILE_US = 0.16
+LAUNCH_US = 2.5
+TILE_US = 0.31
 """Of a sweep and a tile."""
-DEPTH_US = 0.024
+DEPTH_US = 0.012
 """Of a sweep, a tile and a product of depth 16 of the expansion."""
-BYTES_PER_US = 79e3
+BYTES_PER_US = 93e3
 """That a processor moves from and to L2."""
 # Preferences rather than predictions: differences that were seen, or that follow from the design.
 PIECE_US = 0.02
 """Of a sweep and what is expanded together: the fewer pieces, the fewer waits."""
-NARROW_STEP_US = 0.1
+NARROW_STEP_US = 0.03
 """Of a step of the projection that the warps divide by output channels, too: its products are short."""
 STAGE_US = 0.01
 """Of a stage more or less than are good."""

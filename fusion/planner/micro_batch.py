@@ -12,13 +12,13 @@ PIXELS_PER_PROCESSOR = 128
 """That keep its tensor cores busy: rows of a matrix product."""
 
 
-def micro_batch_images(graphs: Sequence[BlockGraph], processor: Processor) -> int:
+def micro_batch_images(graphs: Sequence[BlockGraph], processor: Processor, whole_images: bool = False) -> int:
     """Images of a micro-batch for consecutive blocks that have no stride.
 
     They are as many as leave room in L2 for the weights of all blocks, and the input and output of any one. Where that
     is too few to fill the processors, micro-batches win nothing, and the whole batch is returned; it is divided into
-    micro-batches of nearly equal size otherwise. Raises ValueError without blocks and for blocks of several batch
-    sizes.
+    micro-batches of nearly equal size otherwise. With `whole_images` each keeps a processor to itself, as in the Hopper
+    kernel of the MBConv block. Raises ValueError without blocks and for blocks of several batch sizes.
     """
     batches = {tensor["N"] for graph in graphs for tensor in (*graph.inputs, *graph.outputs)}
     if len(batches) != 1:
@@ -28,7 +28,9 @@ def micro_batch_images(graphs: Sequence[BlockGraph], processor: Processor) -> in
     image = max(graph.element_size * _size((*graph.inputs, *graph.outputs)) // batch for graph in graphs)
     pixels = min(tensor["H"] * tensor["W"] for graph in graphs for tensor in graph.outputs)
     fitting = int((CACHE_SHARE * processor.global_memory_bytes - weights) // image)
-    filling = ceil(processor.processors * PIXELS_PER_PROCESSOR / pixels)
+    filling = processor.processors
+    if not whole_images:
+        filling = ceil(filling * PIXELS_PER_PROCESSOR / pixels)
     if fitting < min(filling, batch):
         return batch
     return ceil(batch / ceil(batch / fitting))

@@ -45,6 +45,15 @@ def test_too_few_images_to_fill_the_processors_are_not_worth_it():
     assert micro_batch_images(stage(200, 1, channels=512), GPU) == 200, "the weights alone do not fit"
 
 
+def test_whole_images_need_as_many_as_processors():
+    graphs, fitting = stage(200, hw=32), micro_batch_images(stage(200, hw=32), GPU)
+    assert 1 < fitting < 200
+    for processors in (fitting, fitting + 1, 2 * fitting):
+        gpu = replace(GPU, processors=processors)
+        assert micro_batch_images(graphs, gpu, whole_images=True) == (fitting if processors == fitting else 200)
+    assert micro_batch_images(stage(20), replace(GPU, processors=200), whole_images=True) == 20
+
+
 def test_one_batch_size():
     with pytest.raises(ValueError, match=r"blocks of one batch size, got \[1, 2\]; plan all for the same input"):
         micro_batch_images([*stage(1), *stage(2)], GPU)

@@ -223,7 +223,7 @@ def produce_sweep(
 ):
     """128 hidden channels of the image, pooled and squeezed. `left` is U; returns U of the next sweep.
 
-    The compiler does not know the number of `pieces`: what it made of a loop of three, unrolled, was wrong.
+    The compiler must not know the number of `pieces`: what it makes of a loop of three, unrolled, is wrong.
     """
     expand_ptr, taps_ptr, bias_ptr, squeeze_ptr = weights
     of_all = block * S.sweeps + sweep
@@ -233,6 +233,7 @@ def produce_sweep(
     sums = start_expand(operands, xs, 0, S)
     if S.at_once:
         used = of_all + 1 < blocks * S.sweeps
+        # U is an operand until the products are done. The next one may come meanwhile if it has other registers.
         if S.together > 1:
             left = load_left(expand_ptr, of_all + 1, used, dtype, S)
             squeeze = load_squeeze(squeeze_ptr, of_all, WARPS, dtype, S)

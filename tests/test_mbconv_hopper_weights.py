@@ -53,6 +53,16 @@ def fragment_start(depth, depths, thread):
     return depth // 2 * 256 * 16 + thread * 16 + depth % 2 * 8
 
 
+def fragment_elements(packed, depths):
+    """Some of left operands `[1, 2 sweeps, elements]`: sweep, depth, warp, row and column of 16, element."""
+    assert list(packed.shape) == [1, 2, depths * 256 * 8]
+    for sweep, depth, warp, row, pair in product((0, 1), range(depths), (0, 1, 2, 7), (0, 5), range(4)):
+        start = fragment_start(depth, depths, 32 * warp + 4 * row + pair)
+        for half, group, odd in product((0, 1), (0, 1), (0, 1)):
+            element = packed[0, sweep, start + 4 * half + 2 * group + odd]
+            yield sweep, depth, warp, 8 * group + row, 8 * half + 2 * pair + odd, element
+
+
 def assert_unpacked(unpacked, weights):
     """Of weights packed in float64."""
     for name, tensor in vars(unpacked).items():
@@ -156,20 +166,14 @@ def test_expand_is_as_threads_hold_the_left_operand(channels, ins, pack):
     Row + 8 is the warp's second group of channels. After the input's channels comes the bias.
     """
     weights, packed = pack(channels, 160, 112, 3)
-    depths = ins // 16 + 1
-    assert list(packed.expand.shape) == [1, 2, depths * 256 * 8]
-    bits = (0, 1), (0, 1), (0, 1)
-    for sweep, depth, warp, row, pair in product((0, 1), range(depths), (0, 1, 2, 7), (0, 5), range(4)):
-        start = fragment_start(depth, depths, 32 * warp + 4 * row + pair)
-        for half, group, odd in product(*bits):
-            hidden, channel = 128 * sweep + 16 * warp + 8 * group + row, 16 * depth + 8 * half + 2 * pair + odd
-            expected = 0
-            if hidden < 160 and channel < channels:
-                expected = weights.expand[hidden, channel] / 2
-            elif hidden < 160 and channel == ins:
-                expected = weights.expand_bias[hidden] / 2
-            found = packed.expand[0, sweep, start + 4 * half + 2 * group + odd]
-            assert found == expected, (sweep, depth, warp, row, pair, half, group, odd)
+    for sweep, depth, warp, row, column, found in fragment_elements(packed.expand, ins // 16 + 1):
+        hidden, channel = 128 * sweep + 16 * warp + row, 16 * depth + column
+        expected = 0
+        if hidden < 160 and channel < channels:
+            expected = weights.expand[hidden, channel] / 2
+        elif hidden < 160 and channel == ins:
+            expected = weights.expand_bias[hidden] / 2
+        assert found == expected, (hidden, channel)
 
 
 def test_taps_are_as_threads_hold_the_right_operand(pack):
@@ -226,15 +230,10 @@ SQUEEZE_DEPTHS = [(3, 1), (18, 2), (36, 3), (48, 3), (100, 7)]
 def test_excite_is_as_threads_hold_the_left_operand(squeeze, depths, pack):
     """As of the expansion: rows are hidden channels, columns squeeze channels, up to a multiple of 16."""
     weights, packed = pack(24, 160, 40, squeeze)
-    assert list(packed.excite.shape) == [1, 2, depths * 256 * 8]
-    bits = (0, 1), (0, 1), (0, 1)
-    for sweep, depth, warp, row, pair in product((0, 1), range(depths), (0, 1, 2, 7), (0, 5), range(4)):
-        start = fragment_start(depth, depths, 32 * warp + 4 * row + pair)
-        for half, group, odd in product(*bits):
-            hidden, channel = 128 * sweep + 16 * warp + 8 * group + row, 16 * depth + 8 * half + 2 * pair + odd
-            expected = weights.excite[hidden, channel] if hidden < 160 and channel < squeeze else 0
-            found = packed.excite[0, sweep, start + 4 * half + 2 * group + odd]
-            assert found == expected, (sweep, depth, warp, row, pair, half, group, odd)
+    for sweep, depth, warp, row, column, found in fragment_elements(packed.excite, depths):
+        hidden, channel = 128 * sweep + 16 * warp + row, 16 * depth + column
+        expected = weights.excite[hidden, channel] if hidden < 160 and channel < squeeze else 0
+        assert found == expected, (hidden, channel)
 
 
 @pytest.mark.parametrize("squeeze, depths", SQUEEZE_DEPTHS, ids=str)
@@ -244,15 +243,10 @@ def test_squeeze_is_as_threads_hold_the_left_operand(squeeze, depths, pack):
     So all warps have the same squeeze channels, each its own part of the sum, and the next product has the next 16.
     """
     weights, packed = pack(24, 160, 40, squeeze)
-    assert list(packed.squeeze.shape) == [1, 2, depths * 256 * 8]
-    bits = (0, 1), (0, 1), (0, 1)
-    for sweep, depth, warp, row, pair in product((0, 1), range(depths), (0, 1, 2, 7), (0, 5), range(4)):
-        start = fragment_start(depth, depths, 32 * warp + 4 * row + pair)
-        for half, group, odd in product(*bits):
-            channel, hidden = 16 * depth + 8 * group + row, 128 * sweep + 16 * warp + 8 * half + 2 * pair + odd
-            expected = weights.squeeze[channel, hidden] if hidden < 160 and channel < squeeze else 0
-            found = packed.squeeze[0, sweep, start + 4 * half + 2 * group + odd]
-            assert found == expected, (sweep, depth, warp, row, pair, half, group, odd)
+    for sweep, depth, warp, row, column, found in fragment_elements(packed.squeeze, depths):
+        channel, hidden = 16 * depth + row, 128 * sweep + 16 * warp + column
+        expected = weights.squeeze[channel, hidden] if hidden < 160 and channel < squeeze else 0
+        assert found == expected, (channel, hidden)
 
 
 def test_single_weights_of_squeeze_and_excite_have_their_places(pack):

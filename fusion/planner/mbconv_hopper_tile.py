@@ -175,9 +175,9 @@ class MBConvHopperTile:
 
     def _has_room(self, width: int, out_channels: int) -> bool:
         """Whether a thread has registers for the operands of several steps of the projection."""
-        return self._sum_registers(width, out_channels) <= GROUP_REGISTERS
+        return self.sum_registers(width, out_channels) <= GROUP_REGISTERS
 
-    def _sum_registers(self, width: int, out_channels: int) -> int:
+    def sum_registers(self, width: int, out_channels: int) -> int:
         """Sums of the projection that a thread holds."""
         rows = self.pixels(width) // self.passes(width, out_channels)
         return rows * sum(self.out_slabs(out_channels)) // (32 * WARPS)
@@ -198,12 +198,22 @@ class MBConvHopperTile:
         """Stages of the projection's weights."""
         return 2 * self.stages * self.step * sum(self.out_slabs(out_channels))
 
+    def gate_room(self, hidden_channels: int) -> int:
+        """Gates in shared memory, a power of two."""
+        return _power_of_two(self.padded_hidden(hidden_channels))
+
+    def bias_room(self, out_channels: int) -> int:
+        """Biases of the output in shared memory, a power of two."""
+        return _power_of_two(sum(self.out_slabs(out_channels)))
+
+    def squeeze_room(self, squeeze_channels: int) -> int:
+        """Length of the squeeze vector in shared memory, a power of two."""
+        return max(32, _power_of_two(16 * self.squeeze_depths(squeeze_channels)))
+
     def gate_bytes(self, hidden_channels: int, out_channels: int, squeeze_channels: int) -> int:
         """Gates in 16 bits; in fp32 biases, the squeeze vector, and its shares of all warps while they are added."""
-        biases = _power_of_two(sum(self.out_slabs(out_channels)))
-        squeeze = max(32, _power_of_two(16 * self.squeeze_depths(squeeze_channels)))
-        gates = _power_of_two(self.padded_hidden(hidden_channels))
-        return 2 * gates + 4 * (biases + (1 + WARPS) * squeeze)
+        words = self.bias_room(out_channels) + (1 + WARPS) * self.squeeze_room(squeeze_channels)
+        return 2 * self.gate_room(hidden_channels) + 4 * words
 
     def fixed_bytes(
         self, width: int, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
@@ -349,13 +359,13 @@ def local_memory_bytes(tile: MBConvHopperTile, shape: MBConvShape, processor: Pr
 
 
 def estimated_registers(tile: MBConvHopperTile, shape: MBConvShape) -> float:
-    """32-bit registers a thread: of the expansion and the convolution, of the projection, or of the gates."""
+    """32-bit registers a thread: of the expansion and the convolution, or of the projection."""
     depth = 16 * tile.depths(shape.in_channels)
     held = 12 * 3 if tile.bands == 1 else 8 * (tile.piece + 2)
     produce = depth / 4 + 8 * tile.piece + held + 4 * TAPS + 24
     rows = tile.pixels(shape.width) // tile.passes(shape.width, shape.out_channels)
     divided = max(1, TILE_PIXELS * WARPS // rows)
-    project = rows * sum(tile.out_slabs(shape.out_channels)) / (32 * WARPS)
+    project = tile.sum_registers(shape.width, shape.out_channels)
     project += rows * divided * tile.step / (2 * 32 * WARPS)
     return 30 + max(produce, project)
 

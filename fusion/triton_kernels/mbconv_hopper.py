@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusion.planner import mbconv_hopper_tile as planned
 from fusion.planner import slabs
-from fusion.planner.mbconv_hopper_tile import BIAS_CHANNELS, MBConvHopperTile
+from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.triton_kernels.hopper_layouts import flat_layout, plain_layout, rows_layout
 from fusion.triton_kernels.hopper_parts import (
     fence_async_global,
@@ -50,6 +50,7 @@ from fusion.triton_kernels.mbconv_hopper_project import (
     project,
 )
 from fusion.triton_kernels.mbconv_hopper_spec import (
+    BIAS,
     PRODUCT_WIDTHS,
     TILE,
     UNIT,
@@ -61,7 +62,6 @@ from fusion.triton_kernels.mbconv_hopper_spec import (
     place,
 )
 
-BIAS = gl.constexpr(BIAS_CHANNELS)
 WIDEST = gl.constexpr(slabs.WIDEST)
 
 

@@ -9,19 +9,19 @@ As everywhere, a tile [hidden, tile] means registers: here warps w and w + 4 hav
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from fusion.triton_kernels.hopper_layouts import plain_layout, powers, rows_layout
-from fusion.triton_kernels.hopper_parts import fixed, split_units, zeros
+from fusion.triton_kernels.hopper_layouts import plain_layout, powers
+from fusion.triton_kernels.hopper_parts import fixed, zeros
 from fusion.triton_kernels.mbconv_hopper_produce import (
-    BIAS,
     finish_expand,
     left_operands,
     load_conv,
     load_squeeze,
     squeeze_pool,
+    start_products,
+    tiles_of,
 )
-from fusion.triton_kernels.mbconv_hopper_registers import activate, convolve, pixel_mask
+from fusion.triton_kernels.mbconv_hopper_registers import convolve, pixel_mask
 from fusion.triton_kernels.mbconv_hopper_spec import (
     HIDDEN,
     TILE,
@@ -79,38 +79,21 @@ def load_left(expand_ptr, sweep, dtype: gl.constexpr, S: gl.constexpr):
 @gluon.jit
 def start_expand(operands, xs, pair: gl.constexpr, S: gl.constexpr):
     """[hidden, pixels of two pieces]: pieces `pair` of both warpgroups."""
-    SLABS: gl.constexpr = len(S.in_slabs)
     PIXELS: gl.constexpr = 2 * TILE * S.piece
-    sums = zeros(HIDDEN // 2, PIXELS, gl.float32, sums_layout(S))
-    for s in gl.static_range(SLABS):
-        x = xs[s].index(2 * pair)._reinterpret(xs[s].dtype, [PIXELS, S.in_slabs[s]], rows_layout(S.in_slabs[s]))
-        sums = warpgroup_mma(operands[s], x.permute((1, 0)), sums, use_acc=s > 0, is_async=True)
-    ones = xs[SLABS]._reinterpret(xs[SLABS].dtype, [PIXELS, BIAS], rows_layout(BIAS))
-    return warpgroup_mma(operands[SLABS], ones.permute((1, 0)), sums, is_async=True)
-
-
-@gluon.jit
-def warpgroup_of(rows):
-    """Of a row of [hidden, tile]."""
-    return rows // (16 * GROUP_WARPS)
+    return start_products(operands, xs, 2 * pair, HIDDEN // 2, PIXELS, sums_layout(S), S)
 
 
 @gluon.jit
 def column_of(k, S: gl.constexpr):
     """Column of tile `k` of both warpgroups, for each row of [hidden, tile]."""
-    return k + S.columns // 2 * warpgroup_of(gl.arange(0, HIDDEN, gl.SliceLayout(1, tile_layout())))
+    return k + S.columns // 2 * (gl.arange(0, HIDDEN, gl.SliceLayout(1, tile_layout())) // (HIDDEN // 2))
 
 
 @gluon.jit
-def tiles_of(sums, pair: gl.constexpr, dtype: gl.constexpr, S: gl.constexpr):
-    """The tiles of two pieces, activated."""
+def activated(sums, pair: gl.constexpr, dtype: gl.constexpr, S: gl.constexpr):
+    """The tiles of two pieces."""
     sums = sums.reshape((HIDDEN // 2, 2, TILE * S.piece)).permute((1, 0, 2)).reshape((HIDDEN, TILE * S.piece))
-    sums = split_units(sums, fixed(TILE.value))
-    tiles = ()
-    for k in gl.static_range(fixed(S.piece)):
-        mask = pixel_mask(column_of(pair * S.piece + k, S), S)
-        tiles = tiles + (activate(gl.convert_layout(sums[k], tile_layout(), assert_trivial=True), mask, dtype, S),)
-    return tiles
+    return tiles_of(sums, column_of(pair * S.piece, S), dtype, S)
 
 
 @gluon.jit
@@ -136,7 +119,7 @@ def tiles_beside(tiles, scratch, S: gl.constexpr):
 
 @gluon.jit
 def store(y, ws, k: gl.constexpr, S: gl.constexpr):
-    """[hidden, tile] of tile `k` to the workspace, as the projection's left operand."""
+    """[hidden, tile] of tile `k` to the workspace, as `store_streamed`; warps have different columns."""
     LAYOUT: gl.constexpr = fragment_layout()
     TILES: gl.constexpr = S.tiles // S.passes
     w = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
@@ -158,7 +141,7 @@ def produce_half(block, squeezed, xs, weights, ws, scratch, dtype: gl.constexpr,
     squeeze = load_squeeze(squeeze_ptr, of_all, GROUP_WARPS, dtype, S)
     operands = left_operands(left, conv[0][0], sums_layout(S), S)
     first, second = start_expand(operands, xs, 0, S), start_expand(operands, xs, 1, S)
-    tiles = tiles_of(finish_expand(first), 0, dtype, S) + tiles_of(finish_expand(second), 1, dtype, S)
+    tiles = activated(finish_expand(first), 0, dtype, S) + activated(finish_expand(second), 1, dtype, S)
     before, after = tiles_beside(tiles, scratch, S)
     tiles = (before,) + tiles + (after,)
     pool = zeros(HIDDEN, TILE, gl.float32, tile_layout())

@@ -8,7 +8,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from fusion.planner.mbconv_hopper_tile import BIAS_CHANNELS
 from fusion.triton_kernels.hopper_layouts import plain_layout, rows_layout
 from fusion.triton_kernels.hopper_parts import fixed, join_columns, slab_start, split_units, zeros
 from fusion.triton_kernels.mbconv_hopper_registers import (
@@ -22,6 +21,7 @@ from fusion.triton_kernels.mbconv_hopper_registers import (
     registers,
 )
 from fusion.triton_kernels.mbconv_hopper_spec import (
+    BIAS,
     HIDDEN,
     TILE,
     UNIT,
@@ -34,8 +34,6 @@ from fusion.triton_kernels.mbconv_hopper_spec import (
     swapped,
     tile_layout,
 )
-
-BIAS = gl.constexpr(BIAS_CHANNELS)
 
 
 @gluon.constexpr_function
@@ -91,16 +89,21 @@ def left_operands(left, like, SUMS: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def start_expand(operands, xs, piece, S: gl.constexpr):
-    """[hidden, pixels of a piece]; the last of `xs` is one piece of the constant one."""
+def start_products(operands, xs, first, ROWS: gl.constexpr, PIXELS: gl.constexpr, SUMS: gl.constexpr, S: gl.constexpr):
+    """[hidden, pixels] from the piece that lies at `first` on; the last of `xs` is the constant one, once."""
     SLABS: gl.constexpr = len(S.in_slabs)
-    sums = zeros(HIDDEN, TILE * S.piece, gl.float32, expand_layout(S))
+    sums = zeros(ROWS, PIXELS, gl.float32, SUMS)
     for s in gl.static_range(SLABS):
-        sums = warpgroup_mma(
-            operands[s], xs[s].index(swapped(piece, S)).permute((1, 0)), sums, use_acc=s > 0, is_async=True
-        )
-    ones = xs[SLABS]._reinterpret(xs[SLABS].dtype, [TILE * S.piece, BIAS], rows_layout(BIAS))
+        x = xs[s].index(first)._reinterpret(xs[s].dtype, [PIXELS, S.in_slabs[s]], rows_layout(S.in_slabs[s]))
+        sums = warpgroup_mma(operands[s], x.permute((1, 0)), sums, use_acc=s > 0, is_async=True)
+    ones = xs[SLABS]._reinterpret(xs[SLABS].dtype, [PIXELS, BIAS], rows_layout(BIAS))
     return warpgroup_mma(operands[SLABS], ones.permute((1, 0)), sums, is_async=True)
+
+
+@gluon.jit
+def start_expand(operands, xs, piece, S: gl.constexpr):
+    """[hidden, pixels of a piece]"""
+    return start_products(operands, xs, swapped(piece, S), HIDDEN, fixed(S.piece_pixels), expand_layout(S), S)
 
 
 @gluon.jit
@@ -109,12 +112,12 @@ def finish_expand(sums):
 
 
 @gluon.jit
-def tiles_of(sums, piece, dtype: gl.constexpr, S: gl.constexpr):
-    """The tiles of a piece, activated."""
+def tiles_of(sums, first, dtype: gl.constexpr, S: gl.constexpr):
+    """The tiles of a piece, activated, from column `first` on, which may differ from row to row."""
     sums = split_units(sums, fixed(TILE.value))
     tiles = ()
     for k in gl.static_range(fixed(S.piece)):
-        mask = pixel_mask(piece * S.piece + k, S)
+        mask = pixel_mask(first + k, S)
         tiles = tiles + (activate(gl.convert_layout(sums[k], tile_layout(), assert_trivial=True), mask, dtype, S),)
     return tiles
 
@@ -244,19 +247,18 @@ def produce_sweep(
             squeeze = load_squeeze(squeeze_ptr, of_all, WARPS, dtype, S)
         pool = convolve_at_once(tiles, conv, pool, target, sweep, S)
     else:
-        PIECES: gl.constexpr = S.columns // S.piece
         tiles = tiles_of(finish_expand(sums), 0, dtype, S)
         sums = start_expand(operands, xs, 1, S)
         window, pool = convolve_piece((no_tile(),), tiles, 0, conv, pool, target, sweep, S)
         sums = finish_expand(sums)
         for piece in range(1, pieces - 1):
-            tiles = tiles_of(sums, piece, dtype, S)
+            tiles = tiles_of(sums, piece * S.piece, dtype, S)
             sums = start_expand(operands, xs, piece + 1, S)
             window, pool = convolve_piece(window, tiles, piece * S.piece - 1, conv, pool, target, sweep, S)
             sums = finish_expand(sums)
         left = load_left(expand_ptr, of_all + 1, sweep + 1 < S.whole_sweeps, dtype, S)
         squeeze = load_squeeze(squeeze_ptr, of_all, WARPS, dtype, S)
-        tiles = tiles_of(sums, PIECES - 1, dtype, S) + (no_tile(),)
+        tiles = tiles_of(sums, S.columns - S.piece, dtype, S) + (no_tile(),)
         _, pool = convolve_piece(window, tiles, S.columns - S.piece - 1, conv, pool, target, sweep, S)
     return left, squeeze_pool(pool, squeeze, squeezed, conv[0][0], S)
 

@@ -25,7 +25,7 @@ TILE = gl.constexpr(TILE_PIXELS)
 """Pixels of a tile."""
 UNIT = gl.constexpr(256)
 """Elements of 16 hidden channels of a tile."""
-
+BIAS = gl.constexpr(planned.BIAS_CHANNELS)
 PRODUCT_WIDTHS = (256, 128, 64, 32, 16)
 """Of the projection's products: for each there may be a descriptor of the weights."""
 
@@ -44,8 +44,12 @@ class Spec:
     out_slabs: tuple[int, ...]
     products: tuple[int, ...]
     sweeps: int
+    hidden: int
     depths: int
     squeeze_depths: int
+    squeeze_room: int
+    gate_room: int
+    bias_room: int
     bands: int
     columns: int
     tiles: int
@@ -58,10 +62,6 @@ class Spec:
     reads_ahead: bool
     resident: bool
     split: bool
-
-    @property
-    def hidden(self) -> int:
-        return self.packed_hidden - (SWEEP // 2 if self.split else 0)
 
     @property
     def packed_hidden(self) -> int:
@@ -121,21 +121,6 @@ class Spec:
     def warps_of_rows(self) -> int:
         """Warps that divide the pixels of a pass; the others divide output channels."""
         return min(planned.WARPS, self.rows // TILE_PIXELS)
-
-    @property
-    def squeeze_room(self) -> int:
-        """Length of the squeeze vector in shared memory, a power of two."""
-        return max(32, 1 << (16 * self.squeeze_depths - 1).bit_length())
-
-    @property
-    def gate_room(self) -> int:
-        """Gates that there is room for in shared memory, a power of two."""
-        return 1 << (self.packed_hidden - 1).bit_length()
-
-    @property
-    def bias_room(self) -> int:
-        """Length of the output's bias in shared memory, a power of two."""
-        return 1 << (sum(self.out_slabs) - 1).bit_length()
 
     @property
     def pixel_share(self) -> str:
@@ -216,8 +201,12 @@ def constants(
         out_slabs=tile.out_slabs(out_channels),
         products=tile.products(width, out_channels),
         sweeps=tile.sweeps(hidden_channels),
+        hidden=tile.computed_hidden(width, hidden_channels),
         depths=tile.depths(in_channels),
         squeeze_depths=tile.squeeze_depths(squeeze_channels),
+        squeeze_room=tile.squeeze_room(squeeze_channels),
+        gate_room=tile.gate_room(hidden_channels),
+        bias_room=tile.bias_room(out_channels),
         bands=tile.bands,
         columns=tile.columns(width),
         tiles=tile.tiles(width),

@@ -13,7 +13,7 @@ from fusion.planner.mbconv_hopper_tile import (
     GROUP_WIDTH,
     TAPS,
     WARPS,
-    MBConvHopperTile,
+    SweptChannels,
 )
 from fusion.planner.slabs import WIDEST
 from fusion.weights import padded, swizzled
@@ -54,9 +54,9 @@ class PackedMBConvHopper:
 
 
 def pack_mbconv_hopper(
-    weights: MBConvWeights, tile: MBConvHopperTile, dtype: torch.dtype, device: torch.device | str
+    weights: MBConvWeights, tile: SweptChannels, dtype: torch.dtype, device: torch.device | str
 ) -> PackedMBConvHopper:
-    """Round once to `dtype` and lay out for `tile`, zero wherever channels are padded.
+    """Round once to `dtype` and lay out for `tile`, of either stride, zero wherever channels are padded.
 
     Raises ValueError for groups that are not 8 channels wide.
     """
@@ -99,7 +99,7 @@ def stack_mbconv_hopper(packed: Sequence[PackedMBConvHopper]) -> PackedMBConvHop
 
 
 def packed_sizes(
-    tile: MBConvHopperTile,
+    tile: SweptChannels,
     in_channels: int,
     hidden_channels: int,
     out_channels: int,
@@ -125,7 +125,7 @@ def packed_sizes(
 
 def unpack_mbconv_hopper(
     packed: PackedMBConvHopper,
-    tile: MBConvHopperTile,
+    tile: SweptChannels,
     in_channels: int,
     hidden_channels: int,
     out_channels: int,
@@ -138,7 +138,7 @@ def unpack_mbconv_hopper(
 
 def _unpack(
     block: PackedMBConvHopper,
-    tile: MBConvHopperTile,
+    tile: SweptChannels,
     in_channels: int,
     hidden_channels: int,
     out_channels: int,

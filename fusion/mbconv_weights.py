@@ -1,11 +1,13 @@
 """Weights of an MBConv block: batch norm folded in float64, then packed once into the layout that the kernels read."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusion.planner.mbconv_down_tile import NEIGHBOURS, QUAD, MBConvDownTile
 from fusion.planner.mbconv_tile import TAPS, MBConvTile, why_splits_groups
 from fusion.weights import fold_batch_norm, padded
 
@@ -75,8 +77,8 @@ class MBConvWeights:
     def group_width(self) -> int:
         return self.conv.shape[1]
 
-    def pack(self, tile: MBConvTile, dtype: torch.dtype, device: torch.device | str) -> "PackedMBConv":
-        """Round once to `dtype` and lay out for `tile`, zero wherever channels are padded.
+    def pack(self, tile: MBConvTile | MBConvDownTile, dtype: torch.dtype, device: torch.device | str) -> "PackedMBConv":
+        """Round once to `dtype` and lay out for `tile`, of either stride, zero wherever channels are padded.
 
         Raises ValueError for a tile whose slabs split a group.
         """
@@ -85,11 +87,13 @@ class MBConvWeights:
             raise ValueError(f"weights cannot be packed for {tile!r}: {reason}; use a tile with a wider conv_slab")
         ins, hidden = tile.padded_in(self.in_channels), tile.padded_hidden(self.hidden_channels)
         squeeze, out = tile.padded_squeeze(self.squeeze_channels), tile.padded_out(self.out_channels)
-        conv = F.pad(self.conv, (0, 0, 0, 0, 0, 0, 0, hidden - self.hidden_channels))
+        conv = _pack_conv(F.pad(self.conv, (0, 0, 0, 0, 0, 0, 0, hidden - self.hidden_channels)), tile.conv_slab)
+        if isinstance(tile, MBConvDownTile):
+            conv = _quads_of_taps(conv)
         return PackedMBConv(
             padded(self.expand.T, ins, hidden).to(device, dtype),
             padded(self.expand_bias, hidden).to(device, torch.float32),
-            _pack_conv(conv, tile.conv_slab).to(device, dtype),
+            conv.to(device, dtype),
             padded(self.conv_bias, hidden).to(device, torch.float32),
             padded(self.squeeze.T, hidden, squeeze).to(device, dtype),
             padded(self.squeeze_bias, squeeze).to(device, torch.float32),
@@ -105,7 +109,9 @@ class PackedMBConv:
     """Weights as the MBConv kernels read them, padded to the steps and slabs of the tile.
 
     `expand` is `[C padded, hidden padded]`, `conv` `[slabs, 9 taps, slab in, slab out]`, zero between groups,
-    `squeeze` and `excite` `[hidden padded, s padded]`, `project` `[hidden padded, K padded]`; the biases are fp32.
+    `squeeze` and `excite` `[hidden padded, s padded]`, `project` `[hidden padded, K padded]`; the biases are fp32. With
+    stride 2, `conv` is `[slabs, 4x4 neighbours x slab in, 2x2 pixels x slab out]`, zero for neighbours that are not
+    among the nine of a pixel.
     """
 
     expand: Tensor
@@ -125,15 +131,17 @@ class PackedMBConv:
 
 
 def mbconv_sizes(
-    tile: MBConvTile, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
+    tile: MBConvTile | MBConvDownTile, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int
 ) -> dict[str, list[int]]:
     """Shapes of the tensors of `PackedMBConv`, by name."""
     ins, hidden = tile.padded_in(in_channels), tile.padded_hidden(hidden_channels)
     squeeze, out = tile.padded_squeeze(squeeze_channels), tile.padded_out(out_channels)
+    slab = tile.conv_slab
+    matrices = [NEIGHBOURS * slab, QUAD * slab] if isinstance(tile, MBConvDownTile) else [TAPS, slab, slab]
     return {
         "expand": [ins, hidden],
         "expand_bias": [hidden],
-        "conv": [hidden // tile.conv_slab, TAPS, tile.conv_slab, tile.conv_slab],
+        "conv": [hidden // slab, *matrices],
         "conv_bias": [hidden],
         "squeeze": [hidden, squeeze],
         "squeeze_bias": [squeeze],
@@ -152,11 +160,12 @@ def unpack_mbconv(
     squeeze_channels: int,
     group_width: int,
 ) -> MBConvWeights:
-    """The weights back from their packed form, in its dtypes."""
+    """The weights back from their packed form, of either stride, in its dtypes."""
+    conv = _taps_of_quads(packed.conv) if packed.conv.dim() == 3 else packed.conv
     return MBConvWeights(
         packed.expand[:in_channels, :hidden_channels].T,
         packed.expand_bias[:hidden_channels],
-        _unpack_conv(packed.conv, group_width)[:hidden_channels],
+        _unpack_conv(conv, group_width)[:hidden_channels],
         packed.conv_bias[:hidden_channels],
         packed.squeeze[:hidden_channels, :squeeze_channels].T,
         packed.squeeze_bias[:squeeze_channels],
@@ -191,3 +200,22 @@ def _unpack_conv(dense: Tensor, width: int) -> Tensor:
     starts = range(0, slab, width)
     grouped = torch.stack([dense[:, :, start : start + width, start : start + width] for start in starts], dim=1)
     return grouped.permute(0, 1, 4, 3, 2).reshape(-1, width, 3, 3)
+
+
+def _quads_of_taps(taps: Tensor) -> Tensor:
+    """`[slabs, 16 * slab in, 4 * slab out]` of `[slabs, 9, slab in, slab out]`.
+
+    Neighbours are rows and columns -1 to 2 of a quad, whose pixels are in rows and columns 0 and 1.
+    """
+    slabs, _, slab, _ = taps.shape
+    quads = taps.new_zeros(slabs, 4, 4, slab, 2, 2, slab)
+    for row, column, tap in product(range(2), range(2), range(TAPS)):
+        quads[:, row + tap // 3, column + tap % 3, :, row, column] = taps[:, tap]
+    return quads.reshape(slabs, NEIGHBOURS * slab, QUAD * slab)
+
+
+def _taps_of_quads(quads: Tensor) -> Tensor:
+    """The inverse of `_quads_of_taps`."""
+    slab = quads.shape[2] // QUAD
+    first_pixel = quads.reshape(-1, 4, 4, slab, QUAD, slab)[:, :3, :3, :, 0]
+    return first_pixel.reshape(-1, TAPS, slab, slab)

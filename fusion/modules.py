@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fusion import kernels
 from fusion.ffn_weights import FfnWeights
 from fusion.kernels import Packed, Weights
+from fusion.launch_record import record_launch
 from fusion.mbconv_weights import MBConvWeights
 from fusion.planner.blocks import convfirst as convfirst_graph
 from fusion.planner.blocks import ffn as ffn_graph
@@ -31,7 +32,8 @@ class FusedBlock(nn.Module):
     Takes fp16 and bf16 on GPUs and any floating dtype on CPUs, where it computes the reference. The plan is made at the
     first input of each shape, by `tuner`; its tile says which kernel runs. Weights are packed at the first use of a
     layout. The module has no parameters and keeps no link to the block that it was folded from: fold again after
-    training or loading.
+    training or loading. Every argument of a subclass's constructor is an attribute of the same name
+    (`fusion.fused_file` relies on it).
 
     Raises (in `forward`): what the operator raises, and PlanError when no tile fits the input's shape.
     """
@@ -47,12 +49,28 @@ class FusedBlock(nn.Module):
 
     def plan(self, x: Tensor) -> Plan:
         """The plan for inputs like `x`."""
-        key = (x.device, _kernel_dtype(x.dtype), *x.shape)
+        key = (x.device, kernel_dtype(x.dtype), *x.shape)
         if key not in self._plans:
             batch, channels, height, width = x.shape
             graph = self.graph(max(batch, 1), height, width, channels, x.dtype)
             self._plans[key] = self.tuner(graph, processor_of_device(x.device))
         return self._plans[key]
+
+    @property
+    def plans(self) -> list[tuple[torch.device, Plan]]:
+        """The plans made so far, and for inputs on which device, in the order in which they were made."""
+        return [(device, plan) for (device, *_), plan in self._plans.items()]
+
+    def adopt_plan(self, device: torch.device, plan: Plan) -> None:
+        """Run inputs of the plan's shape and dtype on a device by this plan, which is for this block."""
+        shape = plan.shape
+        key = (device, shape.dtype, shape.batch, shape.in_channels, shape.height, shape.width)
+        self._plans[key] = plan
+
+    @property
+    def layouts(self) -> dict[tuple, Packed]:
+        """Packed weights by device, dtype and layout (`fusion.kernels.packing`)."""
+        return self._packed
 
     def graph(self, batch: int, height: int, width: int, channels: int, dtype: torch.dtype) -> BlockGraph:
         """The block as a graph, for inputs of this shape and dtype."""
@@ -65,7 +83,7 @@ class FusedBlock(nn.Module):
             out_channels=self.weights.out_channels,
             activation=self.activation,
             residual=self.residual,
-            dtype=_kernel_dtype(dtype),
+            dtype=kernel_dtype(dtype),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,6 +111,7 @@ class FusedBlock(nn.Module):
         """Kernel, tile and packed weights for inputs like `x`: constants to torch.compile, which cannot trace the
         planner."""
         plan = self.plan(x)
+        record_launch([self], plan, x)
         return plan.kernel, plan.tile.to_ints(), self._pack(plan.tile, x).tensors()
 
     def _pack(self, tile: Tile, x: Tensor) -> Packed:
@@ -100,8 +119,17 @@ class FusedBlock(nn.Module):
         if key not in self._packed:
             # Ordinary tensors, whatever mode the first caller is in: they are kept for all.
             with torch.inference_mode(False), torch.no_grad():
-                self._packed[key] = kernels.pack(self.weights, tile, x.dtype, x.device)
+                packed = kernels.pack(self.weights, tile, x.dtype, x.device)
+            finish_packing(x.device)
+            self._packed[key] = packed
         return self._packed[key]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            raise RuntimeError(
+                f"{prefix.removesuffix('.') or 'this module'} is a {type(self).__name__}, whose weights are folded and "
+                "are no parameters: load the state_dict into the original module, and fuse that again"
+            )
 
 
 class FusedConvFirst(FusedBlock):
@@ -189,8 +217,15 @@ class FusedMBConv(FusedBlock):
         return f"{super().extra_repr()}, squeeze_channels={weights.squeeze_channels}, group_width={weights.group_width}"
 
 
-def _kernel_dtype(dtype: torch.dtype) -> str:
+def kernel_dtype(dtype: torch.dtype) -> str:
+    """Of the kernels that plans are made for: that of the input, or fp16 where none runs, on CPUs."""
     return "bfloat16" if dtype == torch.bfloat16 else "float16"
+
+
+def finish_packing(device: torch.device) -> None:
+    """Wait for weights being packed on a device: they serve all streams."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def processor_of_device(device: torch.device) -> str | Processor:

@@ -39,6 +39,18 @@ def check_input(op: str, x: Tensor, out_channels: int) -> None:
 
     Raises ValueError for shapes, RuntimeError for devices, and TypeError for dtypes that are not supported.
     """
+    check_images(op, x)
+    _, in_channels, height, width = x.shape
+    for name, channels in (("input", in_channels), ("output", out_channels)):
+        if channels % CHANNEL_MULTIPLE:
+            raise ValueError(
+                f"{op}: {channels} {name} channels are not supported, use a multiple of {CHANNEL_MULTIPLE}"
+            )
+    check_image_size(op, x, max(height * width * in_channels, height * width * out_channels))
+
+
+def check_images(op: str, x: Tensor) -> None:
+    """Whether `x` is `[N, C, H, W]` on a device and in a dtype that kernels take. Raises as `check_input` does."""
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be [N, C, H, W], got shape {list(x.shape)}")
     if x.device.type not in ("cuda", "cpu"):
@@ -48,13 +60,12 @@ def check_input(op: str, x: Tensor, out_channels: int) -> None:
             f"{op}: x has dtype {x.dtype}; supported are {any_of(GPU_DTYPES)}: convert the model and its input, for "
             "example with .half()"
         )
-    _, in_channels, height, width = x.shape
-    for name, channels in (("input", in_channels), ("output", out_channels)):
-        if channels % CHANNEL_MULTIPLE:
-            raise ValueError(
-                f"{op}: {channels} {name} channels are not supported, use a multiple of {CHANNEL_MULTIPLE}"
-            )
-    if height * width * max(in_channels, out_channels) > MAX_IMAGE_ELEMENTS:
+
+
+def check_image_size(op: str, x: Tensor, elements: int) -> None:
+    """Raises ValueError if `elements`, of an image of `x` or of its output, are more than kernels count."""
+    if elements > MAX_IMAGE_ELEMENTS:
+        height, width = x.shape[2:]
         raise ValueError(
             f"{op}: images of {height}x{width} pixels are too large, split them: 2**31 elements are the limit"
         )
@@ -83,12 +94,23 @@ def check_weights(
     `tensors` are names, tensors, the shapes that they must have, and their dtypes, None for any; `pack` names the
     function that makes them. Raises ValueError, TypeError and RuntimeError for another shape, dtype or device.
     """
+    channels = f"{x.shape[1]} input, {hidden_channels} hidden and {out_channels} output channels"
+    check_packed(op, x, f"{channels} with {tile!r}", pack, tensors)
+
+
+def check_packed(
+    op: str,
+    x: Tensor,
+    packed_for: str,
+    pack: str,
+    tensors: Iterable[tuple[str, Tensor, list[int], torch.dtype | None]],
+) -> None:
+    """What `check_weights` checks, of blocks without hidden channels too; `packed_for` tells what shapes depend on."""
     for name, tensor, shape, dtype in tensors:
         if list(tensor.shape) != shape or not tensor.is_contiguous():
             raise ValueError(
-                f"{op}: {name} must be a contiguous {shape} for {x.shape[1]} input, {hidden_channels} hidden and "
-                f"{out_channels} output channels with {tile!r}, got shape {list(tensor.shape)} with strides "
-                f"{list(tensor.stride())}; pack the weights for this tile with {pack}"
+                f"{op}: {name} must be a contiguous {shape} for {packed_for}, got shape {list(tensor.shape)} with "
+                f"strides {list(tensor.stride())}; pack the weights for this tile with {pack}"
             )
         if dtype is not None and tensor.dtype != dtype:
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, it must be {dtype} for {x.dtype} x")
@@ -101,9 +123,10 @@ def weight_dtype(x: Tensor) -> torch.dtype | None:
     return x.dtype if x.device.type == "cuda" else None
 
 
-def empty_output(x: Tensor, out_channels: int) -> Tensor:
-    """`[N, K, H, W]` like `x` `[N, C, H, W]`, channels_last."""
+def empty_output(x: Tensor, out_channels: int, stride: int = 1) -> Tensor:
+    """`[N, K, ceil(H / stride), ceil(W / stride)]` like `x` `[N, C, H, W]`, channels_last."""
     batch, _, height, width = x.shape
+    height, width = (height + stride - 1) // stride, (width + stride - 1) // stride
     return torch.empty(
         (batch, out_channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )

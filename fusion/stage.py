@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fusion import kernels
+from fusion.launch_record import record_launch
 from fusion.mbconv_hopper_weights import PackedMBConvHopper
-from fusion.modules import FusedBlock, FusedMBConv, processor_of_device
+from fusion.modules import FusedBlock, FusedMBConv, finish_packing, processor_of_device
 from fusion.planner.families import MBCONV_HOPPER
 from fusion.planner.micro_batch import micro_batch_images
 from fusion.planner.processor import get_processor
@@ -17,7 +18,7 @@ MicroBatch = int | Literal["auto"] | None
 
 
 class FusedStage(nn.Module):
-    """Consecutive fused blocks (section 5.5.2): `[N, C, H, W] -> [N, K, H, W]`, channels_last.
+    """Consecutive fused blocks (section 5.5.2): `[N, C, H, W] -> [N, K, H, W]`, or what the last one gives.
 
     `micro_batch` is the number of images that run through all blocks before the next ones, so that activations and
     weights stay in the L2 cache; None stands for the whole batch, and with "auto" the planner chooses for every shape
@@ -26,7 +27,8 @@ class FusedStage(nn.Module):
 
     MBConv blocks of equal sizes with residuals that follow each other, and run on the Hopper kernel, run in one launch
     with `one_launch`: a processor takes an image through all of them, and only the first one's input and the last one's
-    output are in global memory. The result is the same to the bit, and the stage keeps a copy of their weights.
+    output are in global memory. The result is the same to the bit, and the stage keeps a copy of their weights. A block
+    with forward hooks runs alone.
 
     Raises ValueError for another `micro_batch` or no blocks, TypeError for blocks that are not fused, and (in
     `forward`) what the blocks raise.
@@ -40,9 +42,7 @@ class FusedStage(nn.Module):
         for block in blocks:
             if not isinstance(block, FusedBlock):
                 raise TypeError(f"a stage takes fused blocks, got a {type(block).__name__}; call its fused() first")
-        is_count = isinstance(micro_batch, int) and not isinstance(micro_batch, bool) and micro_batch > 0
-        if not (micro_batch is None or micro_batch == "auto" or is_count):
-            raise ValueError(f"micro_batch={micro_batch!r} is not supported, use a number of images, 'auto' or None")
+        check_micro_batch(micro_batch)
         self.blocks = nn.ModuleList(blocks)
         self.micro_batch = micro_batch
         self.one_launch = one_launch
@@ -56,16 +56,23 @@ class FusedStage(nn.Module):
             return batch
         if self.micro_batch != "auto":
             return min(self.micro_batch, batch)
-        graphs, channels = [], x.shape[1]
+        graphs, (channels, height, width) = [], x.shape[1:]
         for block in self.blocks:
-            graphs.append(block.graph(batch, *x.shape[2:], channels, x.dtype))
-            channels = block.weights.out_channels
+            graph = block.graph(batch, height, width, channels, x.dtype)
+            (out,) = graph.outputs
+            if out.layout != "NHWC":  # a head, which pools
+                break
+            graphs.append(graph)
+            height, width, channels = out["H"], out["W"], out["C"]
+        if not graphs:
+            return batch
         whole_images = self.blocks[0].plan(x).kernel == MBCONV_HOPPER.name
         return micro_batch_images(graphs, get_processor(processor_of_device(x.device)), whole_images)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            raise ValueError(f"FusedStage: the input must be [N, C, H, W], got {list(x.shape)}")
+        channels = self.blocks[0].weights.in_channels
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"FusedStage: the input must be [N, {channels}, H, W], got {list(x.shape)}")
         outs = []
         for part in x.split(self.images(x)):
             first = 0
@@ -83,17 +90,22 @@ class FusedStage(nn.Module):
     def _together(self, first: int, x: Tensor) -> int:
         """How many blocks from `first` on run in one launch for an input like `x`: one, or more."""
         block = self.blocks[first]
-        if not (self.one_launch and isinstance(block, FusedMBConv) and block.residual) or len(x) == 0:
+        if not (self.one_launch and _can_join(block) and block.residual) or len(x) == 0:
             return 1
         plan = block.plan(x)
         if plan.kernel != MBCONV_HOPPER.name:
             return 1
         count = 1
         for other in self.blocks[first + 1 :]:
-            if not (isinstance(other, FusedMBConv) and other.sizes == block.sizes and other.plan(x).tile == plan.tile):
+            if not (_can_join(other) and other.sizes == block.sizes and other.plan(x).tile == plan.tile):
                 break
             count += 1
         return count
+
+    @property
+    def layouts(self) -> dict[tuple, PackedMBConvHopper]:
+        """Weights of blocks that run in one launch, by the first's place, their number, device, dtype and layout."""
+        return self._stacked
 
     def _run_together(self, first: int, count: int, x: Tensor) -> Tensor:
         block = self.blocks[first]
@@ -105,9 +117,23 @@ class FusedStage(nn.Module):
         """Kernel, tile and weights of blocks that run in one launch (see `FusedBlock`)."""
         blocks = self.blocks[first : first + count]
         plan = blocks[0].plan(x)
+        record_launch(blocks, plan, x)
         key = (first, count, x.device, x.dtype, *kernels.packing(plan.tile))
         if key not in self._stacked:
             with torch.inference_mode(False), torch.no_grad():
                 weights = [block.weights for block in blocks]
-                self._stacked[key] = kernels.pack_stage(weights, plan.tile, x.dtype, x.device)
+                packed = kernels.pack_stage(weights, plan.tile, x.dtype, x.device)
+            finish_packing(x.device)
+            self._stacked[key] = packed
         return plan.kernel, plan.tile.to_ints(), self._stacked[key].tensors()
+
+
+def check_micro_batch(micro_batch: MicroBatch) -> None:
+    """Raises ValueError for what is neither a number of images, nor "auto", nor None."""
+    is_count = isinstance(micro_batch, int) and not isinstance(micro_batch, bool) and micro_batch > 0
+    if not (micro_batch is None or micro_batch == "auto" or is_count):
+        raise ValueError(f"micro_batch={micro_batch!r} is not supported, use a number of images, 'auto' or None")
+
+
+def _can_join(block: FusedBlock) -> bool:
+    return isinstance(block, FusedMBConv) and not (block._forward_hooks or block._forward_pre_hooks)

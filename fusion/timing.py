@@ -1,6 +1,7 @@
 """Timing on a GPU: median of CUDA graph replays."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -15,6 +16,35 @@ def graph_us(run: Callable[[], object], replays: int = 20, warmup: int = 3) -> f
     A graph leaves out the launch overhead of Python. `run` must launch the same work each time and must not
     synchronise; it runs `warmup` times before the capture.
     """
+    graph = capture(run, warmup)
+    durations = []
+    for _ in range(warmup + replays):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        durations.append(start.elapsed_time(stop) * 1e3)
+    return median(durations[warmup:])
+
+
+def queued_us(run: Callable[[], object], replays: int = 30, warmup: int = 5) -> float:
+    """Like `graph_us`, for replays that wait behind each other in the stream.
+
+    So the launch of a graph, some 10 microseconds for one of hundreds of kernels, is left out too.
+    """
+    graph = capture(run)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(warmup + replays + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(stop) * 1e3 for start, stop in pairwise(marks[warmup:]))
+
+
+def capture(run: Callable[[], object], warmup: int = 3) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what `run` launches on the current device; `run` is called `warmup` times before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -25,12 +55,4 @@ def graph_us(run: Callable[[], object], replays: int = 20, warmup: int = 3) -> f
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    durations = []
-    for _ in range(warmup + replays):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        durations.append(start.elapsed_time(stop) * 1e3)
-    return median(durations[warmup:])
+    return graph

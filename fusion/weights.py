@@ -6,7 +6,14 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from fusion.planner.hopper_tile import ATOM_ELEMENTS, GROUP_WIDTH, WEIGHT_COLUMNS, HopperTile, weight_sizes
+from fusion.planner.hopper_tile import (
+    ATOM_ELEMENTS,
+    GROUP_WIDTH,
+    WEIGHT_COLUMNS,
+    HopperTile,
+    RowsTile,
+    weight_sizes,
+)
 from fusion.planner.tile import ConvFirstTile
 
 
@@ -35,6 +42,9 @@ class ConvFirstWeights:
     `conv` is `[C, T, 3, 3]` with group width T, `expand` `[hidden, C]`, `expand_bias` `[hidden]`, `project`
     `[K, hidden]`, `project_bias` `[K]`. The convolution's bias is part of `expand_bias`: nothing non-linear stands
     between the two, and the zero padding comes before the convolution.
+
+    Of a block of stride 2 `expand` is `[hidden, 2 C]`, the block's input first and then the convolution's output. The
+    blur-pool between the two linear maps leaves constants as they are.
     """
 
     conv: Tensor
@@ -53,7 +63,7 @@ class ConvFirstWeights:
         project: nn.Conv2d,
         project_bn: nn.BatchNorm2d,
     ) -> "ConvFirstWeights":
-        """Fold the layers of a block (section 5.5) into weights that share no memory with them."""
+        """Fold the layers of a block (section 5.5), of stride 1 or 2, into weights that share no memory with them."""
         conv_weight, conv_bias = fold_batch_norm(conv, conv_bn)
         expand_weight, expand_bias = fold_batch_norm(expand, expand_bn)
         project_weight, project_bias = fold_batch_norm(project, project_bn)
@@ -61,7 +71,7 @@ class ConvFirstWeights:
         return cls(
             conv_weight,
             expand_matrix,
-            expand_bias + expand_matrix @ conv_bias,
+            expand_bias + expand_matrix[:, -len(conv_bias) :] @ conv_bias,
             project_weight[:, :, 0, 0],
             project_bias,
         )
@@ -69,6 +79,11 @@ class ConvFirstWeights:
     @property
     def in_channels(self) -> int:
         return self.conv.shape[0]
+
+    @property
+    def stride(self) -> int:
+        """1, or 2 where the expansion takes the block's input and the convolution's output."""
+        return self.expand.shape[1] // self.in_channels
 
     @property
     def group_width(self) -> int:
@@ -85,8 +100,9 @@ class ConvFirstWeights:
     def pack(self, tile: ConvFirstTile, dtype: torch.dtype, device: torch.device | str) -> "PackedConvFirst":
         """Round once to `dtype` and lay out for `tile`, zero wherever slabs and hidden steps are padded.
 
-        Raises ValueError for a tile whose slabs split a group.
+        Raises ValueError for a tile whose slabs split a group and for a block of stride 2.
         """
+        self._refuse_stride_2(tile)
         in_slabs, out_slabs = tile.in_slabs(self.in_channels), tile.out_slabs(self.out_channels)
         if tile.splits_groups(self.in_channels, self.group_width):
             raise ValueError(
@@ -107,37 +123,61 @@ class ConvFirstWeights:
     def pack_hopper(self, tile: HopperTile, dtype: torch.dtype, device: torch.device | str) -> "PackedHopper":
         """Round once to `dtype` and lay out for the Hopper kernel, zero wherever slabs and hidden steps are padded.
 
-        Raises ValueError for groups that are not 8 channels wide.
+        Raises ValueError for groups that are not 8 channels wide and for a block of stride 2.
         """
+        self._refuse_stride_2(tile)
         if self.group_width != GROUP_WIDTH:
             raise ValueError(
                 f"weights cannot be packed for {tile!r}: groups of {self.group_width} channels are not supported, "
                 f"only of {GROUP_WIDTH}; use a ConvFirstTile"
             )
-        in_slabs, out_slabs = tile.in_slabs(self.in_channels), tile.out_slabs(self.out_channels)
-        ins, outs = sum(in_slabs), sum(out_slabs)
-        steps, hidden = tile.steps(self.hidden_channels), tile.padded_hidden(self.hidden_channels)
-        expand = padded(self.expand.T, ins, hidden).reshape(ins, steps, tile.hidden).transpose(0, 1)
-        project = padded(self.project.T, hidden, outs).reshape(steps, tile.hidden, outs)
-        unit = tile.unit(self.out_channels)
-        chunk = (
-            *expand.split(in_slabs, dim=1),
-            *(_by_quads(slab, 4, unit // 8) for slab in project.split(out_slabs, dim=2)),
+        return pack_rows(
+            conv_taps(self.conv),
+            padded(self.expand.T, sum(tile.in_slabs(self.in_channels)), self.hidden_channels),
+            self,
+            tile,
+            dtype,
+            device,
         )
-        bias = bias_of_quads(padded(self.expand_bias[None], 1, hidden), steps)
-        weights = torch.cat(
-            [
-                conv_taps(self.conv).flatten(),
-                torch.cat([_in_atoms(swizzled(matrix)) for matrix in chunk], dim=1).flatten(),
-                bias,
-            ]
-        )
-        weights = torch.cat([weights, weights.new_zeros(-len(weights) % WEIGHT_COLUMNS)])
-        project_bias = padded(self.project_bias[None], 1, outs)[0]
-        # By way of the CPU: the kernel may start before the kernel ahead of it in the stream has finished, which must
-        # not be one that writes weights. Copies from the CPU are none.
-        weights, project_bias = weights.to("cpu", dtype).to(device), project_bias.to("cpu", torch.float32).to(device)
-        return PackedHopper(weights, project_bias)
+
+    def _refuse_stride_2(self, tile: ConvFirstTile | HopperTile) -> None:
+        if self.stride != 1:
+            raise ValueError(
+                f"weights of a block of stride {self.stride} cannot be packed for {tile!r}; use a ConvFirstDownTile"
+            )
+
+
+def pack_rows(
+    taps: Tensor,
+    expand: Tensor,
+    weights: ConvFirstWeights,
+    tile: RowsTile,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> "PackedHopper":
+    """`weights` rounded to `dtype` and laid out for a Hopper kernel: the matrices `taps`, then chunks of the FFN.
+
+    `expand` is `[sum of input slabs, hidden]`, that of `weights` with zeros where slabs are padded.
+    """
+    in_slabs, out_slabs = tile.in_slabs(weights.in_channels), tile.out_slabs(weights.out_channels)
+    ins, outs = sum(in_slabs), sum(out_slabs)
+    steps, hidden = tile.steps(weights.hidden_channels), tile.padded_hidden(weights.hidden_channels)
+    expand = padded(expand, ins, hidden).reshape(ins, steps, tile.hidden).transpose(0, 1)
+    project = padded(weights.project.T, hidden, outs).reshape(steps, tile.hidden, outs)
+    unit = tile.unit(weights.out_channels)
+    chunk = (
+        *expand.split(in_slabs, dim=1),
+        *(_by_quads(slab, 4, unit // 8) for slab in project.split(out_slabs, dim=2)),
+    )
+    bias = bias_of_quads(padded(weights.expand_bias[None], 1, hidden), steps)
+    chunks = torch.cat([_in_atoms(swizzled(matrix)) for matrix in chunk], dim=1)
+    flat = torch.cat([taps.flatten(), chunks.flatten(), bias])
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % WEIGHT_COLUMNS)])
+    project_bias = padded(weights.project_bias[None], 1, outs)[0]
+    # By way of the CPU: the kernel may start before the kernel ahead of it in the stream has finished, which must not
+    # be one that writes weights. Copies from the CPU are none.
+    flat, project_bias = flat.to("cpu", dtype).to(device), project_bias.to("cpu", torch.float32).to(device)
+    return PackedHopper(flat, project_bias)
 
 
 @dataclass(frozen=True)
@@ -210,6 +250,14 @@ def unpack_hopper(
     """`conv` `[C, 8, 3, 3]`, `expand` `[hidden, C]`, `expand_bias` `[hidden]`, `project` `[K, hidden]`, back from
     `PackedHopper.weights`."""
     conv, chunks, bias, _ = packed.split(weight_sizes(tile, in_channels, hidden_channels, out_channels))
+    expand, bias, project = unpack_chunks(chunks, bias, tile, in_channels, hidden_channels, out_channels)
+    return conv_of_taps(conv.reshape(-1, 3, 3, 16, 16))[:in_channels], expand[:, :in_channels], bias, project
+
+
+def unpack_chunks(
+    chunks: Tensor, bias: Tensor, tile: RowsTile, in_channels: int, hidden_channels: int, out_channels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`expand` `[hidden, sum of input slabs]`, `expand_bias` `[hidden]`, `project` `[K, hidden]`, back from chunks."""
     steps, in_slabs = tile.steps(hidden_channels), tile.in_slabs(in_channels)
     matrices, chunks, start = [], chunks.reshape(steps, -1), 0
     for rows, columns in tile.chunk_shapes(in_channels, out_channels):
@@ -220,12 +268,7 @@ def unpack_hopper(
     unit = tile.unit(out_channels)
     project = torch.cat([_by_quads(matrix, unit // 8, 4) for matrix in matrices[len(in_slabs) :]], dim=2).flatten(0, 1)
     bias = bias_in_order(bias, steps)
-    return (
-        conv_of_taps(conv.reshape(-1, 3, 3, 16, 16))[:in_channels],
-        expand[:hidden_channels, :in_channels],
-        bias[:hidden_channels],
-        project[:hidden_channels, :out_channels].T,
-    )
+    return expand[:hidden_channels], bias[:hidden_channels], project[:hidden_channels, :out_channels].T
 
 
 def bias_of_quads(bias: Tensor, steps: int) -> Tensor:

@@ -9,6 +9,7 @@ from .features import FeatureExtractor, FeatureInfo
 from .ffn import Ffn
 from .fused import fuse_blocks
 from .mbconv import MBConv
+from .pooled_head import PooledHead
 from .registry import create_model, list_models, register_model
 from .squeeze_excite import SqueezeExcite
 
@@ -23,6 +24,7 @@ __all__ = [
     "FeatureInfo",
     "Ffn",
     "MBConv",
+    "PooledHead",
     "SqueezeExcite",
     "create_model",
     "fuse_blocks",

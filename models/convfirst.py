@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fusion.down_modules import FusedConvFirstDown
 from fusion.modules import FusedConvFirst, Tuner
 from fusion.planner.plan import PlanError, plan_block
 from fusion.weights import ConvFirstWeights
@@ -61,28 +62,30 @@ class ConvFirst(nn.Module):
         self.project_bn = nn.BatchNorm2d(out_channels)
         self.drop_path = DropPath(drop_path)
 
-    def fused(self, tuner: Tuner = plan_block) -> FusedConvFirst:
+    def fused(self, tuner: Tuner = plan_block) -> FusedConvFirst | FusedConvFirstDown:
         """The block's inference twin: batch norm folded, one kernel.
 
         It takes `[N, C, H, W]` in fp16 or bf16 on GPUs and any floating dtype on CPUs. `tuner` chooses the kernel's
         tile; `fusion.tuner.tune_block` does so by measurement.
 
         Raises:
-            PlanError: no kernel runs this block, for example because its stride is 2.
+            PlanError: no kernel runs this block, because of its activation.
             RuntimeError: the block is in training mode.
         """
         if self.training:
             raise RuntimeError("a block in training mode cannot be fused; call eval() first")
         activation = ACTIVATION_NAMES.get(type(self.act))
-        if self.stride != 1 or activation is None:
+        if activation is None:
             supported = " or ".join(kind.__name__ for kind in ACTIVATION_NAMES)
             raise PlanError(
-                f"no fused kernel runs ConvFirst with stride {self.stride} and {type(self.act).__name__}; supported "
-                f"are stride 1 and {supported}: run the block in eager mode"
+                f"no fused kernel runs ConvFirst with {type(self.act).__name__}; supported are {supported}: run the "
+                "block in eager mode"
             )
         weights = ConvFirstWeights.fold(
             self.conv, self.conv_bn, self.expand, self.expand_bn, self.project, self.project_bn
         )
+        if self.stride == 2:
+            return FusedConvFirstDown(weights, activation=activation, tuner=tuner)
         return FusedConvFirst(weights, activation=activation, residual=self.has_residual, tuner=tuner)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .convfirst import ConvFirst
 from .features import FeatureExtractor, FeatureInfo
 from .image_check import check_images, min_image_size
 from .mbconv import MBConv
+from .pooled_head import PooledHead
 from .registry import register_model
 
 # The check reads sizes, which a symbolic trace does not know: it becomes one node of the graph.
@@ -113,15 +114,14 @@ class ConvFirstNet(nn.Module):
             {"num_chs": channels, "reduction": 2 ** (index + 1), "module": f"stages.{index}"}
             for index, channels in enumerate(config.stage_channels)
         )
-        self.head = ConvBnAct(config.stage_channels[-1], self.num_features, 1, activation=nn.SiLU)
+        self.head = PooledHead(config.stage_channels[-1], self.num_features)
         self.dropout = nn.Dropout(config.drop_rate)
         self.classifier = _classifier(self.num_features, num_classes)
         self._init_weights(zero_init_last)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`[N, in_chans, H, W] -> [N, num_features, ceil(H / 32), ceil(W / 32)]`."""
-        x = check_images(x, self.in_chans, min_image_size(len(self.stages) - 1))
-        return self.head(self.stages(self.stem(x)))
+        return self.head.features(self._trunk(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """`[N, num_features, h, w] -> [N, num_classes]`, or `[N, num_features]` with `pre_logits`."""
@@ -129,7 +129,11 @@ class ConvFirstNet(nn.Module):
         return x if pre_logits else self.classifier(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        return self.classifier(self.dropout(self.head(self._trunk(x))))
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        x = check_images(x, self.in_chans, min_image_size(len(self.stages) - 1))
+        return self.stages(self.stem(x))
 
     def get_classifier(self) -> nn.Module:
         return self.classifier

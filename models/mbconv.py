@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from fusion.mbconv_down_module import FusedMBConvDown
 from fusion.mbconv_weights import MBConvWeights
 from fusion.modules import FusedMBConv, Tuner
 from fusion.planner.plan import PlanError, plan_block
@@ -64,24 +65,24 @@ class MBConv(nn.Module):
         self.project_bn = nn.BatchNorm2d(out_channels)
         self.drop_path = DropPath(drop_path)
 
-    def fused(self, tuner: Tuner = plan_block) -> FusedMBConv:
+    def fused(self, tuner: Tuner = plan_block) -> FusedMBConv | FusedMBConvDown:
         """The block's inference twin: batch norm folded; on Hopper one kernel for small images, else two a micro-batch.
 
         It takes `[N, C, H, W]` in fp16 or bf16 on GPUs and any floating dtype on CPUs. `tuner` chooses the kernels'
         tile; `fusion.tuner.tune_block` does so by measurement.
 
         Raises:
-            PlanError: no kernel runs this block, for example because its stride is 2.
+            PlanError: no kernel runs this block, because of its activation.
             RuntimeError: the block is in training mode.
         """
         if self.training:
             raise RuntimeError("a block in training mode cannot be fused; call eval() first")
         activation = ACTIVATION_NAMES.get(type(self.act))
-        if self.stride != 1 or activation is None:
+        if activation is None:
             supported = " or ".join(kind.__name__ for kind in ACTIVATION_NAMES)
             raise PlanError(
-                f"no fused kernel runs MBConv with stride {self.stride} and {type(self.act).__name__}; supported "
-                f"are stride 1 and {supported}: run the block in eager mode"
+                f"no fused kernel runs MBConv with {type(self.act).__name__}; supported are {supported}: run the block "
+                "in eager mode"
             )
         weights = MBConvWeights.fold(
             self.expand,
@@ -93,6 +94,8 @@ class MBConv(nn.Module):
             self.project,
             self.project_bn,
         )
+        if self.stride == 2:
+            return FusedMBConvDown(weights, activation=activation, tuner=tuner)
         return FusedMBConv(weights, activation=activation, residual=self.has_residual, tuner=tuner)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .fused import fuse_blocks
+import fusion
 
 EntryPoint = Callable[..., nn.Module]
 
@@ -38,8 +38,8 @@ def create_model(name: str, *, num_classes: int = 1000, in_chans: int = 3, fused
         name: one of `list_models()`.
         num_classes: width of the logits; 0 leaves the classifier out.
         in_chans: channels of the input image.
-        fused: build the inference network, in eval mode with its blocks fused (`models.fuse_blocks`). Blocks that
-            have no kernel stay eager; a logged warning and the attribute `left_eager` say which.
+        fused: build the inference network, a `FusedModule` whose blocks run fused (`fusion.fuse`). Blocks that have no
+            kernel stay eager; a logged warning and the attribute `left_eager` say which.
         **kwargs: passed on to the entry point, for example `features_only=True` or `drop_rate=0.1`.
 
     Raises:
@@ -50,4 +50,4 @@ def create_model(name: str, *, num_classes: int = 1000, in_chans: int = 3, fused
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(f"no model is named {name!r}.{hint} Registered models: {', '.join(list_models())}")
     model = _ENTRY_POINTS[name](num_classes=num_classes, in_chans=in_chans, **kwargs)
-    return fuse_blocks(model) if fused else model
+    return fusion.fuse(model.eval()) if fused else model

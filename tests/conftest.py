@@ -18,10 +18,10 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def random_weights():
-    """`(channels, hidden, out_channels=channels, group_width=8) -> ConvFirstWeights` of unit scale, float64."""
+    """`(channels, hidden, out_channels=channels, group_width=8, stride=1) -> ConvFirstWeights`, unit scale, float64."""
     from fusion.weights import ConvFirstWeights
 
-    def make(channels, hidden, out_channels=None, group_width=8):
+    def make(channels, hidden, out_channels=None, group_width=8, stride=1):
         out_channels = out_channels or channels
         generator = torch.Generator().manual_seed(channels * hidden + out_channels)
 
@@ -30,7 +30,7 @@ def random_weights():
 
         return ConvFirstWeights(
             normal(channels, group_width, 3, 3, scale=(9 * group_width) ** -0.5),
-            normal(hidden, channels, scale=(2 / channels) ** 0.5),
+            normal(hidden, stride * channels, scale=(2 / channels / stride) ** 0.5),
             normal(hidden),
             normal(out_channels, hidden, scale=hidden**-0.5),
             normal(out_channels),
@@ -93,6 +93,26 @@ def random_block():
             bn.running_mean.normal_()
             bn.running_var.uniform_(0.5, 2.0)
         return block.requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_network():
+    """`(seed=0, **options) -> models.ConvFirstNet` in eval mode, every kind of block, random batch norm statistics."""
+    from models import create_model
+
+    def make(seed=0, **options):
+        torch.manual_seed(seed)
+        sizes = {"stem_channels": 8, "stage_channels": (8, 16, 16, 24, 24), "depths": (1, 2, 1, 3, 2)}
+        model = create_model("convfirstnet_pico", num_classes=10, head_channels=32, **sizes, **options).eval()
+        for bn in model.modules():
+            if isinstance(bn, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(bn.weight, 0.5, 1.5)
+                torch.nn.init.normal_(bn.bias, std=0.1)
+                bn.running_mean.normal_(std=0.1)
+                bn.running_var.uniform_(0.5, 2.0)
+        return model
 
     return make
 

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from fusion import kernels
+from fusion.convfirst_down_weights import PackedConvFirstDown
 from fusion.mbconv_weights import PackedMBConv
+from fusion.planner.convfirst_down_tile import ConvFirstDownTile
 from fusion.planner.families import family_of
 from fusion.planner.hopper_tile import HopperTile
+from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.tile import ConvFirstTile
 from fusion.reference import convfirst as reference
@@ -58,6 +61,33 @@ def test_the_portable_kernel_is_launched(device, random_weights):
     torch.testing.assert_close(out, run(PORTABLE, x, weights, "silu"), rtol=1e-2, atol=1e-2)
 
 
+DOWN = ConvFirstDownTile(32, 32, 32, 2)
+
+
+def test_the_stride_2_kernel_is_launched(device, random_weights):
+    weights = random_weights(24, 40, 48, stride=2)
+    x = torch.randn(2, 24, 5, 6).to(device, torch.float16).contiguous(memory_format=torch.channels_last)
+    out = torch.full((2, 3, 3, 48), float("nan"), dtype=x.dtype, device=device).permute(0, 3, 1, 2)
+    packed = kernels.pack(weights, DOWN, x.dtype, x.device)
+    assert isinstance(packed, PackedConvFirstDown)
+    kernels.launch(x, packed, out, DOWN, hidden_channels=40, activation="silu", residual=False)
+    sizes = {"hidden_channels": 40, "out_channels": 48, "group_width": 8, "activation": "silu"}
+    expected = kernels.run_convfirst_down("convfirst_down", x, packed.tensors(), DOWN.to_ints(), **sizes)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_stride_2_tiles_of_equal_packing_share_weights(random_weights):
+    fields = {"pixels": 64, "hidden": 64, "conv_slab": 16, "warps": 1, "conv_stages": 4, "copy_bytes": 8}
+    tiles = [DOWN, *(replace(DOWN, **{name: value}) for name, value in fields.items())]
+    weights = random_weights(24, 40, stride=2)
+    packed = [kernels.pack(weights, tile, torch.float32, "cpu").tensors() for tile in tiles]
+    for tile, tensors in zip(tiles, packed, strict=True):
+        for other, others in zip(tiles, packed, strict=True):
+            if kernels.packing(tile) == kernels.packing(other):
+                assert all(map(torch.equal, tensors, others))
+    assert len({kernels.packing(tile) for tile in tiles}) == 3
+
+
 MBCONV = MBConvTile(2, 8, 8, 64, 32, 32, 4, 3, 64, 32, 128, 4, 3)
 
 
@@ -78,6 +108,36 @@ def test_mbconv_tiles_of_equal_packing_share_weights(random_mbconv_weights):
     fields = {"hidden": 128, "project_hidden": 64, "channels": 16, "conv_slab": 16, "project_out": 16}
     fields |= {"images": 1, "height": 4, "warps": 2, "stages": 2, "project_pixels": 16, "project_warps": 2}
     tiles = [MBCONV, *(replace(MBCONV, **{name: value}) for name, value in fields.items())]
+    weights = random_mbconv_weights(24, 40)
+    packed = [kernels.pack(weights, tile, torch.float32, "cpu").tensors() for tile in tiles]
+    for tile, tensors in zip(tiles, packed, strict=True):
+        for other, others in zip(tiles, packed, strict=True):
+            if kernels.packing(tile) == kernels.packing(other):
+                assert all(map(torch.equal, tensors, others))
+    assert len({kernels.packing(tile) for tile in tiles}) == 1 + 5
+
+
+MBCONV_DOWN = MBConvDownTile(2, 3, 4, 4, 32, 32, 16, 32, 4, 3, 16, 32, 16, 64, 4, 3)
+
+
+def test_the_stride_2_mbconv_kernels_are_launched(device, random_mbconv_weights):
+    weights, x = random_mbconv_weights(24, 64, 48), torch.randn(2, 24, 5, 8).to(device, torch.float16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.full((2, 3, 4, 48), float("nan"), dtype=x.dtype, device=device).permute(0, 3, 1, 2)
+    packed = kernels.pack(weights, MBCONV_DOWN, x.dtype, x.device)
+    assert isinstance(packed, PackedMBConv)
+    kernels.launch(x, packed, out, MBCONV_DOWN, hidden_channels=64, activation="relu", residual=False)
+    sizes = {"hidden_channels": 64, "out_channels": 48, "squeeze_channels": 6, "group_width": 8}
+    options = {"activation": "relu", **sizes}
+    expected = kernels.run_mbconv_down("mbconv_down", x, packed.tensors(), MBCONV_DOWN.to_ints(), **options)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_stride_2_mbconv_tiles_of_equal_packing_share_weights(random_mbconv_weights):
+    fields = {"hidden": 64, "project_hidden": 64, "channels": 16, "conv_slab": 32, "project_out": 16}
+    fields |= {"images": 1, "programs": 1, "height": 8, "quads": 16, "warps": 2, "stages": 2, "copy_bytes": 8}
+    fields |= {"project_pixels": 16, "project_warps": 2}
+    tiles = [MBCONV_DOWN, *(replace(MBCONV_DOWN, **{name: value}) for name, value in fields.items())]
     weights = random_mbconv_weights(24, 40)
     packed = [kernels.pack(weights, tile, torch.float32, "cpu").tensors() for tile in tiles]
     for tile, tensors in zip(tiles, packed, strict=True):

@@ -77,8 +77,9 @@ def test_errors(blocks):
         FusedStage([])
     with pytest.raises(TypeError, match=r"takes fused blocks, got a MBConv; call its fused\(\) first"):
         FusedStage(blocks)
-    with pytest.raises(ValueError, match=r"the input must be \[N, C, H, W\], got \[16, 5, 5\]"):
-        FusedStage(fused)(torch.randn(16, 5, 5))
+    for size in ((16, 5, 5), (2, 24, 5, 5)):
+        with pytest.raises(ValueError, match=r"the input must be \[N, 16, H, W\], got \["):
+            FusedStage(fused)(torch.randn(*size))
 
 
 def test_prints_its_micro_batch(blocks):

@@ -8,12 +8,12 @@ import argparse
 import os
 import sys
 
-from fusion.bench import convfirst, ffn, mbconv, waterline
+from fusion.bench import convfirst, ffn, mbconv, network, waterline
 
-SUBCOMMANDS = (convfirst.COMMAND, mbconv.COMMAND, ffn.COMMAND, waterline)
+SUBCOMMANDS = (convfirst.COMMAND, mbconv.COMMAND, ffn.COMMAND, network, waterline)
 
 DESCRIPTION = """\
-Measure and analyse blocks of convolutional networks: layer by layer, and fused into one kernel.
+Measure and analyse convolutional networks and their blocks: layer by layer, and fused into one kernel.
 
 Latencies are in microseconds, throughput in TFLOP/s (a multiply-accumulate is two FLOPs), traffic in bytes.
 """
@@ -23,6 +23,7 @@ examples:
   python -m fusion.bench convfirst                      the paper's ConvFirst blocks: eager, Inductor, fused
   python -m fusion.bench mbconv                         its MBConv blocks with squeeze-and-excitation, the same way
   python -m fusion.bench ffn                            FFN blocks alone, the same way
+  python -m fusion.bench network                        whole networks, next to timm's: speed, limit, accuracy
   python -m fusion.bench waterline                      their minimum latencies, and MBConv's, on the paper's GPU
   python -m fusion.bench waterline --processor h200     the same on another GPU
   python -m fusion.bench COMMAND --help                 what a command does, and its options

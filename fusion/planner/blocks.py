@@ -134,6 +134,25 @@ def conv(
     return _finish("conv", x, ops, False, dtype, stride)
 
 
+def head(
+    n: int,
+    h: int,
+    w: int,
+    channels: int,
+    out_channels: int,
+    activation: str | None = "silu",
+    dtype: str = "float16",
+) -> BlockGraph:
+    """Point-wise convolution, an optional activation, global average pool: what a classifier takes, ``[N, K]``."""
+    _positive(n=n, h=h, w=w, channels=channels, out_channels=out_channels)
+    x = _input(n, h, w, channels)
+    ops = [_conv("conv", x, out_channels)]
+    if activation is not None:
+        ops.append(_activation("activation", ops[-1].output, activation))
+    ops.append(make_op(OpKind.GLOBAL_AVERAGE_POOL, "pool", (ops[-1].output,)))
+    return _finish("head", x, ops, False, dtype, stride=1)
+
+
 def _ffn_ops(x: Tensor, hidden: int, out_channels: int, activation: str) -> list[Op]:
     expand = _conv("expand", x, hidden)
     activate = _activation("activation", expand.output, activation)

@@ -3,20 +3,59 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fusion.planner import ffn_tile, hopper_tile, hopper_time, mbconv_hopper_tile, mbconv_tile
+from fusion.planner import (
+    convfirst_down_hopper_tile,
+    convfirst_down_tile,
+    ffn_tile,
+    head_tile,
+    hopper_tile,
+    hopper_time,
+    mbconv_down_hopper_tile,
+    mbconv_down_tile,
+    mbconv_hopper_tile,
+    mbconv_tile,
+    stem_tile,
+)
 from fusion.planner import tile as portable_tile
+from fusion.planner.convfirst_down_hopper_tile import ConvFirstDownHopperTile
+from fusion.planner.convfirst_down_tile import ConvFirstDownTile
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.graph import BlockGraph
+from fusion.planner.head_tile import HeadTile
 from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.lower import block_fused, image_fused, two_pass
-from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape, MBConvShape
+from fusion.planner.lower import block_fused, image_fused, pool_fused, two_pass
+from fusion.planner.match import (
+    BlockShape,
+    ConvFirstDownShape,
+    ConvFirstShape,
+    FfnShape,
+    HeadShape,
+    MBConvDownShape,
+    MBConvShape,
+    StemShape,
+)
+from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
+from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.processor import Processor
 from fusion.planner.program import Program
+from fusion.planner.stem_tile import StemTile
 from fusion.planner.tile import ConvFirstTile
 
-Tile = ConvFirstTile | HopperTile | FfnTile | MBConvTile | MBConvHopperTile
+Tile = (
+    ConvFirstTile
+    | HopperTile
+    | ConvFirstDownTile
+    | ConvFirstDownHopperTile
+    | FfnTile
+    | MBConvTile
+    | MBConvDownTile
+    | MBConvHopperTile
+    | MBConvDownHopperTile
+    | StemTile
+    | HeadTile
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +128,42 @@ PORTABLE = KernelFamily(
     design=lambda tile: (tile.pixels, tile.hidden, tile.conv_slab, tile.warps),
 )
 
+CONVFIRST_DOWN_HOPPER = KernelFamily(
+    name="convfirst_down_hopper",
+    title="Hopper kernel",
+    shape_type=ConvFirstDownShape,
+    tile_type=ConvFirstDownHopperTile,
+    why_unsupported=convfirst_down_hopper_tile.why_unsupported,
+    why_none=convfirst_down_hopper_tile.why_none,
+    why_invalid=convfirst_down_hopper_tile.why_invalid,
+    candidate_tiles=convfirst_down_hopper_tile.candidate_tiles,
+    predicted_us=convfirst_down_hopper_tile.predicted_us,
+    local_memory_bytes=convfirst_down_hopper_tile.local_memory_bytes,
+    estimated_registers=convfirst_down_hopper_tile.estimated_registers,
+    programs_per_processor=convfirst_down_hopper_tile.programs_per_processor,
+    lower=lambda graph, tile, shape: block_fused(
+        graph, (hopper_tile.JOB_ROWS, tile.tile_width(shape.out_width)), tile.hidden
+    ),
+    design=lambda tile: (tile.pixels, tile.hidden, tile.partitions, tile.weight_chunks > 0),
+)
+
+CONVFIRST_DOWN = KernelFamily(
+    name="convfirst_down",
+    title="portable kernel",
+    shape_type=ConvFirstDownShape,
+    tile_type=ConvFirstDownTile,
+    why_unsupported=convfirst_down_tile.why_unsupported,
+    why_none=convfirst_down_tile.why_none,
+    why_invalid=convfirst_down_tile.why_invalid,
+    candidate_tiles=convfirst_down_tile.candidate_tiles,
+    predicted_us=convfirst_down_tile.predicted_us,
+    local_memory_bytes=convfirst_down_tile.local_memory_bytes,
+    estimated_registers=convfirst_down_tile.estimated_registers,
+    programs_per_processor=convfirst_down_tile.programs_per_processor,
+    lower=lambda graph, tile, shape: block_fused(graph, None, tile.hidden),
+    design=lambda tile: (tile.pixels, tile.hidden, tile.conv_slab, tile.warps, tile.copy_bytes),
+)
+
 FFN = KernelFamily(
     name="ffn_hopper",
     title="Hopper kernel",
@@ -141,8 +216,90 @@ MBCONV_HOPPER = KernelFamily(
     lower=lambda graph, tile, shape: image_fused(graph, tile.hidden, mbconv_hopper_tile.is_resident(tile, shape)),
 )
 
-FAMILIES = (HOPPER, PORTABLE, FFN, MBCONV_HOPPER, MBCONV)
-"""The planner takes the first one of a block's shape that has a valid tile."""
+MBCONV_DOWN = KernelFamily(
+    name="mbconv_down",
+    title="portable kernels",
+    shape_type=MBConvDownShape,
+    tile_type=MBConvDownTile,
+    why_unsupported=mbconv_down_tile.why_unsupported,
+    why_none=mbconv_down_tile.why_none,
+    why_invalid=mbconv_down_tile.why_invalid,
+    candidate_tiles=mbconv_down_tile.candidate_tiles,
+    predicted_us=mbconv_down_tile.predicted_us,
+    local_memory_bytes=mbconv_down_tile.local_memory_bytes,
+    estimated_registers=mbconv_down_tile.estimated_registers,
+    programs_per_processor=mbconv_down_tile.programs_per_processor,
+    design=mbconv_down_tile.design,
+    lower=lambda graph, tile, shape: two_pass(graph, (tile.height, tile.width), tile.hidden),
+    is_repeatable=False,
+)
+
+MBCONV_DOWN_HOPPER = KernelFamily(
+    name="mbconv_down_hopper",
+    title="Hopper kernel",
+    shape_type=MBConvDownShape,
+    tile_type=MBConvDownHopperTile,
+    why_unsupported=mbconv_down_hopper_tile.why_unsupported,
+    why_none=mbconv_down_hopper_tile.why_none,
+    why_invalid=mbconv_down_hopper_tile.why_invalid,
+    candidate_tiles=mbconv_down_hopper_tile.candidate_tiles,
+    predicted_us=mbconv_down_hopper_tile.predicted_us,
+    local_memory_bytes=mbconv_down_hopper_tile.local_memory_bytes,
+    estimated_registers=mbconv_down_hopper_tile.estimated_registers,
+    programs_per_processor=mbconv_down_hopper_tile.programs_per_processor,
+    design=lambda tile: (tile.resident,),
+    lower=lambda graph, tile, shape: image_fused(graph, tile.hidden, tile.resident == 1),
+)
+
+STEM = KernelFamily(
+    name="stem",
+    title="portable kernel",
+    shape_type=StemShape,
+    tile_type=StemTile,
+    why_unsupported=stem_tile.why_unsupported,
+    why_none=stem_tile.why_none,
+    why_invalid=stem_tile.why_invalid,
+    candidate_tiles=stem_tile.candidate_tiles,
+    predicted_us=stem_tile.predicted_us,
+    local_memory_bytes=stem_tile.local_memory_bytes,
+    estimated_registers=stem_tile.estimated_registers,
+    programs_per_processor=stem_tile.programs_per_processor,
+    lower=lambda graph, tile, shape: block_fused(graph, (tile.height, tile.width)),
+    design=lambda tile: (tile.height * tile.width, tile.group, tile.warps),
+)
+
+HEAD = KernelFamily(
+    name="head",
+    title="portable kernel",
+    shape_type=HeadShape,
+    tile_type=HeadTile,
+    why_unsupported=head_tile.why_unsupported,
+    why_none=head_tile.why_none,
+    why_invalid=head_tile.why_invalid,
+    candidate_tiles=head_tile.candidate_tiles,
+    predicted_us=head_tile.predicted_us,
+    local_memory_bytes=head_tile.local_memory_bytes,
+    estimated_registers=head_tile.estimated_registers,
+    programs_per_processor=head_tile.programs_per_processor,
+    lower=lambda graph, tile, shape: pool_fused(graph, tile.images, tile.channels),
+    design=lambda tile: (tile.pixels, tile.channels, tile.warps),
+)
+
+FAMILIES = (
+    HOPPER,
+    PORTABLE,
+    CONVFIRST_DOWN_HOPPER,
+    CONVFIRST_DOWN,
+    FFN,
+    MBCONV_HOPPER,
+    MBCONV,
+    MBCONV_DOWN_HOPPER,
+    MBCONV_DOWN,
+    STEM,
+    HEAD,
+)
+"""The planner takes the first one of a block's shape that has a valid tile, unless a later one should be much
+faster."""
 
 
 def families_of(shape: BlockShape) -> tuple[KernelFamily, ...]:

@@ -8,6 +8,7 @@ Where images are narrow the batch is cut into *streams*, tall images that lie si
 
 from dataclasses import astuple, dataclass, fields, replace
 from math import ceil
+from typing import ClassVar
 
 from fusion.planner import tile as portable
 from fusion.planner.graph import ELEMENT_SIZE
@@ -31,8 +32,8 @@ WARPS = 4
 WIDEST_UNIT = 32
 PIECE = NARROWEST
 """Channels that the convolution computes together: two groups."""
-PIECE_ELEMENTS = 9 * PIECE * PIECE
-"""Weights of a piece: nine taps, zeros between its groups."""
+TAP_ELEMENTS = PIECE * PIECE
+"""Weights of a tap of a piece: a matrix with zeros between its groups."""
 ATOM_ELEMENTS = 8 * WIDEST
 """What every matrix of a chunk is rounded up to a multiple of: the pattern of the widest swizzle."""
 WEIGHT_COLUMNS = 64
@@ -81,14 +82,17 @@ class HopperWork:
 
 
 @dataclass(frozen=True)
-class HopperTile(HopperSlabs):
-    """One way to run the Hopper variant of the ConvFirst kernel.
+class RowsTile(HopperSlabs):
+    """How the Hopper variants of the ConvFirst kernels walk down rows of images.
 
     Each of the `partitions` of a program, a warpgroup, has `stages` pairs of input rows of `pixels` pixels in its ring,
     in slabs of `slab` channels. It computes them in blocks of 64 pixels, one after the other, and `hidden` of the
     hidden channels in a step. All partitions share the weights, which stay in shared memory; or with `weight_chunks`,
     those of so many steps are there at a time and come from L2 for every job. `programs` run on a processor at once.
     """
+
+    STREAMING_PARTITIONS: ClassVar[tuple[int, ...]] = (2,)
+    """Numbers of partitions with which weights can be streamed."""
 
     pixels: int
     hidden: int
@@ -102,7 +106,9 @@ class HopperTile(HopperSlabs):
         for field in fields(self):
             value, least = getattr(self, field.name), int(field.name != "weight_chunks")
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"HopperTile: {field.name} must be an integer of {least} or more, got {value!r}")
+                raise ValueError(
+                    f"{type(self).__name__}: {field.name} must be an integer of {least} or more, got {value!r}"
+                )
 
     @property
     def register_limit(self) -> int | None:
@@ -156,8 +162,13 @@ class HopperTile(HopperSlabs):
         return HopperWork(rows, jobs, ceil(runs * strips / self.partitions), images, streams)
 
     def to_ints(self) -> list[int]:
-        """The fields in order, for operators and files that take integers only; `HopperTile(*ints)` undoes it."""
+        """The fields in order, for operators and files that take integers only; the class undoes it."""
         return list(astuple(self))
+
+
+@dataclass(frozen=True)
+class HopperTile(RowsTile):
+    """One way to run the Hopper variant of the ConvFirst kernel of stride 1."""
 
 
 def why_unsupported(shape: ConvFirstShape) -> str | None:
@@ -169,7 +180,7 @@ def why_unsupported(shape: ConvFirstShape) -> str | None:
     return portable.why_unsupported(shape)
 
 
-def why_malformed(tile: HopperTile, hidden_channels: int) -> str | None:
+def why_malformed(tile: RowsTile, hidden_channels: int) -> str | None:
     """Why the kernel runs no block of so many hidden channels with this tile; None if it may."""
     choices = {"pixels": PIXELS, "hidden": HIDDEN, "stages": STAGES, "partitions": PARTITIONS, "slab": SLABS}
     for name, values in choices.items():
@@ -180,9 +191,9 @@ def why_malformed(tile: HopperTile, hidden_channels: int) -> str | None:
     return _why_not_streamed(tile, tile.steps(hidden_channels)) if tile.weight_chunks else None
 
 
-def _why_not_streamed(tile: HopperTile, steps: int) -> str | None:
+def _why_not_streamed(tile: RowsTile, steps: int) -> str | None:
     asked = f"weight_chunks={tile.weight_chunks} does not go with "
-    if tile.partitions != 2:
+    if tile.partitions not in tile.STREAMING_PARTITIONS:
         return asked + f"partitions={tile.partitions}, use partitions=2, or weight_chunks=0 for weights that stay"
     if tile.hidden not in STREAMED_HIDDEN:
         return asked + f"hidden={tile.hidden}, use hidden={' or '.join(map(str, STREAMED_HIDDEN))}"
@@ -238,7 +249,7 @@ def weight_sizes(
 ) -> tuple[int, int, int, int]:
     """Elements of packed weights: the convolution, the chunks of all steps, the hidden bias, and padding at the end."""
     steps = tile.steps(hidden_channels)
-    conv = ceil(in_channels / PIECE) * PIECE_ELEMENTS
+    conv = 9 * ceil(in_channels / PIECE) * TAP_ELEMENTS
     chunks, bias = steps * tile.chunk_elements(in_channels, out_channels), steps * tile.hidden
     return conv, chunks, bias, -(conv + chunks + bias) % WEIGHT_COLUMNS
 
@@ -263,14 +274,14 @@ def local_memory_bytes(tile: HopperTile, shape: ConvFirstShape, processor: Proce
     slab = (8 + JOB_ROWS * tile.stages * (8 + tile.pixels)) * tile.slab
     slabs = tile.partitions * ceil(shape.in_channels / tile.slab)
     buffers = [(conv, PIECE), (chunks, WIDEST), *[(slab, tile.slab)] * slabs]
-    matrices = _aligned_bytes([(element * size, PATTERN_ROWS * element * columns) for size, columns in buffers])
+    matrices = aligned_bytes([(element * size, PATTERN_ROWS * element * columns) for size, columns in buffers])
     biases = weight_bytes(tile, shape) - element * (conv + chunks)
     stages = tile.partitions * ceil(BARRIER_BYTES * tile.stages / BARRIER_ALIGNMENT) * BARRIER_ALIGNMENT
     barriers = stages + BARRIER_BYTES * max(1, 2 * tile.weight_chunks)
     return matrices + biases + barriers + PARTITION_BYTES * (tile.partitions - 1)
 
 
-def _aligned_bytes(buffers: list[tuple[int, int]]) -> int:
+def aligned_bytes(buffers: list[tuple[int, int]]) -> int:
     """Of buffers, sizes and alignments, one after the other, the largest first as the compiler places them."""
     end = 0
     for size, alignment in sorted(buffers, reverse=True):
@@ -291,7 +302,7 @@ def estimated_registers(tile: HopperTile, shape: ConvFirstShape) -> float:
     return sums + most + OTHER_REGISTERS
 
 
-def available_registers(tile: HopperTile) -> int:
+def available_registers(tile: RowsTile) -> int:
     """Registers that a thread may have; with more, products wait for one another or registers spill."""
     if tile.partitions > 1:
         return PARTITION_REGISTERS

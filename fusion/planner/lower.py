@@ -56,7 +56,9 @@ def block_fused(
             )
         return _fused_over_channels(graph, hidden, hidden_tile)
     if any(op.kind is OpKind.GLOBAL_AVERAGE_POOL for op in graph.ops):
-        raise ValueError(f"{graph.name!r} pools over pixels outside of hidden channels; use the layerwise program")
+        raise ValueError(
+            f"{graph.name!r} pools over pixels outside of hidden channels; use the layerwise program, or pool_fused"
+        )
     if not hidden and hidden_tile is not None:
         raise ValueError(f"{graph.name!r} was given hidden_tile={hidden_tile}, but has no hidden channels; omit it")
     return _fused_over_pixels(graph, hidden, pixel_tile, hidden_tile)
@@ -104,6 +106,27 @@ def image_fused(graph: BlockGraph, hidden_tile: int | None = None, in_local_memo
     )
     streams = tuple(name for name in _streams(placement, graph.ops) if name not in walk.streams)
     return _single_kernel(graph, placement, Loop(graph.outputs[0].name, (("N", None),), streams), (walk,))
+
+
+def pool_fused(graph: BlockGraph, images: int | None = None, channel_tile: int | None = None) -> Program:
+    """A block that ends in a global average pool as one kernel; what it pools is in local memory only.
+
+    Processors divide images, in groups of ``images``, and output channels, ``channel_tile`` at a time. Each walks over
+    its images' pixels. Tile sizes left out stay open. Raises ValueError for a block that does not end in a pool, or
+    looks across pixels before.
+    """
+    *ops, pool = graph.ops
+    if pool.kind is not OpKind.GLOBAL_AVERAGE_POOL or not ops:
+        raise ValueError(f"{graph.name!r} does not end in a global average pool; use the fused program")
+    if any(op.is_spatial_conv or op.kind in (OpKind.BLURPOOL, OpKind.GLOBAL_AVERAGE_POOL) for op in ops):
+        raise ValueError(f"{graph.name!r} looks across pixels ahead of its pool; use the layerwise program")
+    placement = _placement(graph, graph.ops)
+    streams = _streams(placement, graph.ops)
+    pixels = tuple(name for name in streams if name in {tensor.name for tensor in graph.inputs})
+    weights = tuple(name for name in streams if name not in pixels)
+    partition = Loop(pool.output.name, (("N", images), ("C", channel_tile)), weights)
+    walk = Loop(pool.inputs[0].name, (("N", 1), ("H", None), ("W", None)), pixels)
+    return _single_kernel(graph, placement, partition, (walk,))
 
 
 def _phases(graph: BlockGraph, hidden_tile: int | None) -> tuple[tuple[Op, ...], tuple[Op, ...], Tensor]:

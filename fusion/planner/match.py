@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from fusion.planner.graph import ELEMENT_SIZE, BlockGraph, Op, OpKind, Tensor
 
@@ -15,9 +16,41 @@ class Activations:
         return self.batch * self.height * self.width
 
     @property
+    def out_height(self) -> int:
+        """Rows of the output, in pixels."""
+        return self.height
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output, in pixels."""
+        return self.width
+
+    @property
     def pixel_bytes(self) -> int:
         """Input and output of a pixel."""
         return ELEMENT_SIZE[self.dtype] * (self.in_channels + self.out_channels)
+
+
+class HalvedActivations:
+    """What follows from batch, height, width, channels and dtype of a shape whose output has half as many rows and
+    columns as its input, rounded up. ``height`` and ``width`` are those of the input."""
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the output, in pixels."""
+        return ceil(self.height / 2)
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output, in pixels."""
+        return ceil(self.width / 2)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Input and output of all images."""
+        inputs = self.height * self.width * self.in_channels
+        outputs = self.out_height * self.out_width * self.out_channels
+        return ELEMENT_SIZE[self.dtype] * self.batch * (inputs + outputs)
 
 
 @dataclass(frozen=True)
@@ -35,6 +68,74 @@ class ConvFirstShape(Activations):
     residual: bool
     dtype: str
     kernel_size: int = 3
+
+
+@dataclass(frozen=True)
+class ConvFirstDownShape(HalvedActivations):
+    """Parameters of a stride-2 ConvFirst block; ``height`` and ``width`` of the input in pixels, channels C, hidden, K.
+
+    The expansion has 2C input channels. Such a block has no residual.
+    """
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    hidden_channels: int
+    out_channels: int
+    group_width: int
+    activation: str
+    dtype: str
+    kernel_size: int = 3
+
+
+@dataclass(frozen=True)
+class StemShape:
+    """Parameters of a dense 3x3 convolution of stride 2; ``height`` and ``width`` of the input in pixels, C, K.
+
+    ``activation`` is "none" where there is none.
+    """
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    activation: str
+    dtype: str
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the output, in pixels."""
+        return ceil(self.height / 2)
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output, in pixels."""
+        return ceil(self.width / 2)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Input and output of all images."""
+        inputs = self.height * self.width * self.in_channels
+        outputs = self.out_height * self.out_width * self.out_channels
+        return ELEMENT_SIZE[self.dtype] * self.batch * (inputs + outputs)
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Parameters of a 1x1 convolution ahead of a global average pool; ``height`` and ``width`` in pixels, C and K.
+
+    ``activation`` stands between the two and is "none" where there is none.
+    """
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    activation: str
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +175,28 @@ class MBConvShape(Activations):
     kernel_size: int = 3
 
 
-BlockShape = ConvFirstShape | FfnShape | MBConvShape
+@dataclass(frozen=True)
+class MBConvDownShape(HalvedActivations):
+    """Parameters of a stride-2 MBConv block with squeeze-and-excitation.
+
+    ``height`` and ``width`` are those of the input, in pixels; channels are C, hidden, K, and those of the squeeze
+    vector. ``activation`` follows both the expansion and the grouped convolution. Such a block has no residual.
+    """
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    hidden_channels: int
+    out_channels: int
+    squeeze_channels: int
+    group_width: int
+    activation: str
+    dtype: str
+    kernel_size: int = 3
+
+
+BlockShape = ConvFirstShape | ConvFirstDownShape | FfnShape | MBConvShape | MBConvDownShape | StemShape | HeadShape
 
 
 def match_convfirst(graph: BlockGraph) -> ConvFirstShape | None:
@@ -106,6 +228,43 @@ def match_convfirst(graph: BlockGraph) -> ConvFirstShape | None:
         group_width=conv.group_width,
         activation=str(ffn[1].kind),
         residual=has_residual,
+        dtype=graph.dtype,
+        kernel_size=conv.kernel_size,
+    )
+
+
+def match_convfirst_down(graph: BlockGraph) -> ConvFirstDownShape | None:
+    """The shape of a stride-2 ConvFirst block: spatial convolution at full resolution, its input and output
+    concatenated in this order, blur-pool of stride 2, expand, activation, project.
+
+    Returns None when the graph is anything else.
+    """
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1 or len(graph.ops) != 6:
+        return None
+    (x,) = graph.inputs
+    conv, concat, blur, expand, activation, project = graph.ops
+    is_convfirst_down = (
+        _is_chain(x, (conv,))
+        and conv.is_spatial_conv
+        and conv.stride == 1
+        and conv.output.dims == x.dims
+        and concat.kind is OpKind.CONCAT
+        and concat.inputs == (x, conv.output)
+        and _is_chain(concat.output, (blur,))
+        and (blur.kind, blur.stride) == (OpKind.BLURPOOL, 2)
+        and _is_ffn(graph, (expand, activation, project), blur.output, residual=x)
+    )
+    if not is_convfirst_down:
+        return None
+    return ConvFirstDownShape(
+        batch=x["N"],
+        height=x["H"],
+        width=x["W"],
+        in_channels=x["C"],
+        hidden_channels=expand.output["C"],
+        out_channels=project.output["C"],
+        group_width=conv.group_width,
+        activation=str(activation.kind),
         dtype=graph.dtype,
         kernel_size=conv.kernel_size,
     )
@@ -144,21 +303,12 @@ def match_mbconv(graph: BlockGraph) -> MBConvShape | None:
     if len(graph.inputs) != 1 or len(graph.outputs) != 1 or len(graph.ops) not in (11, 12):
         return None
     (x,) = graph.inputs
-    expand, expand_activation, conv, activation, pool, squeeze, relu, excite, sigmoid, gate, project, *rest = graph.ops
-    y = activation.output
+    expand, _, conv, activation, *gated = graph.ops[:10]
+    project, *rest = graph.ops[10:]
     is_mbconv = (
-        _is_chain(x, (expand, expand_activation, conv, activation, pool, squeeze, relu, excite, sigmoid))
-        and expand.is_pointwise
-        and expand_activation.kind in (OpKind.RELU, OpKind.SILU)
-        and conv.is_spatial_conv
-        and conv.stride == 1
-        and conv.output.dims == expand.output.dims
-        and activation.kind == expand_activation.kind
-        and pool.kind is OpKind.GLOBAL_AVERAGE_POOL
-        and (squeeze.kind, relu.kind, excite.kind) == (OpKind.LINEAR, OpKind.RELU, OpKind.LINEAR)
-        and (sigmoid.kind, gate.kind) == (OpKind.SIGMOID, OpKind.MULTIPLY)
-        and gate.inputs == (y, sigmoid.output)
-        and _is_chain(gate.output, (project,))
+        _is_expanded_conv(x, graph.ops[:4])
+        and _is_gated(activation.output, gated)
+        and _is_chain(gated[-1].output, (project,))
         and project.is_pointwise
         and _ends_with_residual(graph, project.output, rest, residual=x)
     )
@@ -171,12 +321,101 @@ def match_mbconv(graph: BlockGraph) -> MBConvShape | None:
         in_channels=x["C"],
         hidden_channels=expand.output["C"],
         out_channels=project.output["C"],
-        squeeze_channels=squeeze.output["C"],
+        squeeze_channels=gated[1].output["C"],
         group_width=conv.group_width,
         activation=str(activation.kind),
         residual=bool(rest),
         dtype=graph.dtype,
         kernel_size=conv.kernel_size,
+    )
+
+
+def match_mbconv_down(graph: BlockGraph) -> MBConvDownShape | None:
+    """The shape of a stride-2 MBConv block: expand, activation, spatial convolution at full resolution, the same
+    activation, blur-pool of stride 2, a gate of squeeze-and-excitation, project.
+
+    Returns None when the graph is anything else.
+    """
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1 or len(graph.ops) != 12:
+        return None
+    (x,) = graph.inputs
+    expand, _, conv, activation, blur, *gated, project = graph.ops
+    is_mbconv_down = (
+        _is_expanded_conv(x, graph.ops[:4])
+        and _is_chain(activation.output, (blur,))
+        and (blur.kind, blur.stride) == (OpKind.BLURPOOL, 2)
+        and _is_gated(blur.output, gated)
+        and _is_chain(gated[-1].output, (project,))
+        and project.is_pointwise
+        and graph.outputs == (project.output,)
+    )
+    if not is_mbconv_down:
+        return None
+    return MBConvDownShape(
+        batch=x["N"],
+        height=x["H"],
+        width=x["W"],
+        in_channels=x["C"],
+        hidden_channels=expand.output["C"],
+        out_channels=project.output["C"],
+        squeeze_channels=gated[1].output["C"],
+        group_width=conv.group_width,
+        activation=str(activation.kind),
+        dtype=graph.dtype,
+        kernel_size=conv.kernel_size,
+    )
+
+
+def match_stem(graph: BlockGraph) -> StemShape | None:
+    """The shape of a dense 3x3 convolution of stride 2, maybe with an activation. None when it is anything else."""
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1 or len(graph.ops) not in (1, 2):
+        return None
+    (x,) = graph.inputs
+    conv, *rest = graph.ops
+    is_stem = (
+        _is_chain(x, graph.ops)
+        and graph.outputs == (graph.ops[-1].output,)
+        and conv.is_spatial_conv
+        and conv.is_dense
+        and (conv.kernel_size, conv.stride) == (3, 2)
+        and all(op.kind in (OpKind.RELU, OpKind.SILU) for op in rest)
+    )
+    if not is_stem:
+        return None
+    return StemShape(
+        batch=x["N"],
+        height=x["H"],
+        width=x["W"],
+        in_channels=x["C"],
+        out_channels=conv.output["C"],
+        activation=str(rest[0].kind) if rest else "none",
+        dtype=graph.dtype,
+    )
+
+
+def match_head(graph: BlockGraph) -> HeadShape | None:
+    """The shape of a 1x1 convolution, maybe an activation, and a global average pool. None when it is anything else."""
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1 or len(graph.ops) not in (2, 3):
+        return None
+    (x,) = graph.inputs
+    conv, *rest, pool = graph.ops
+    is_head = (
+        _is_chain(x, graph.ops)
+        and graph.outputs == (pool.output,)
+        and conv.is_pointwise
+        and all(op.kind in (OpKind.RELU, OpKind.SILU) for op in rest)
+        and pool.kind is OpKind.GLOBAL_AVERAGE_POOL
+    )
+    if not is_head:
+        return None
+    return HeadShape(
+        batch=x["N"],
+        height=x["H"],
+        width=x["W"],
+        in_channels=x["C"],
+        out_channels=conv.output["C"],
+        activation=str(rest[0].kind) if rest else "none",
+        dtype=graph.dtype,
     )
 
 
@@ -189,6 +428,33 @@ def _is_ffn(graph: BlockGraph, ops: Sequence[Op], x: Tensor, residual: Tensor) -
         and expand.is_pointwise
         and activation.kind in (OpKind.RELU, OpKind.SILU)
         and project.is_pointwise
+    )
+
+
+def _is_expanded_conv(x: Tensor, ops: Sequence[Op]) -> bool:
+    """Whether ops are the expansion of `x`, an activation, a spatial convolution that keeps the size, and the same
+    activation."""
+    expand, expand_activation, conv, activation = ops
+    return (
+        _is_chain(x, ops)
+        and expand.is_pointwise
+        and expand_activation.kind in (OpKind.RELU, OpKind.SILU)
+        and conv.is_spatial_conv
+        and conv.stride == 1
+        and conv.output.dims == expand.output.dims
+        and activation.kind == expand_activation.kind
+    )
+
+
+def _is_gated(y: Tensor, ops: Sequence[Op]) -> bool:
+    """Whether ops are `y` times the gate of its squeeze-and-excitation."""
+    pool, squeeze, relu, excite, sigmoid, gate = ops
+    return (
+        _is_chain(y, (pool, squeeze, relu, excite, sigmoid))
+        and pool.kind is OpKind.GLOBAL_AVERAGE_POOL
+        and (squeeze.kind, relu.kind, excite.kind) == (OpKind.LINEAR, OpKind.RELU, OpKind.LINEAR)
+        and (sigmoid.kind, gate.kind) == (OpKind.SIGMOID, OpKind.MULTIPLY)
+        and gate.inputs == (y, sigmoid.output)
     )
 
 

@@ -75,8 +75,57 @@ STAGE_US = 0.01
 """Of a stage more or less than are good."""
 
 
+class SweptChannels:
+    """What tiles with a `step` and `stages` make of a block's channels, whatever its images are."""
+
+    def in_slabs(self, in_channels: int) -> tuple[int, ...]:
+        """Slabs of the input, which the expansion contracts."""
+        return slab_widths(in_channels, WIDEST)
+
+    def out_slabs(self, out_channels: int) -> tuple[int, ...]:
+        """Slabs of the output, and of the projection's weights."""
+        return slab_widths(out_channels, WIDEST)
+
+    def depths(self, in_channels: int) -> int:
+        """Products of depth 16 of the expansion, with that of the bias."""
+        return (sum(self.in_slabs(in_channels)) + BIAS_CHANNELS) // 16
+
+    def sweeps(self, hidden_channels: int) -> int:
+        """Times that hidden channels are computed together."""
+        return ceil(hidden_channels / SWEEP)
+
+    def padded_hidden(self, hidden_channels: int) -> int:
+        """Hidden channels of whole sweeps."""
+        return self.sweeps(hidden_channels) * SWEEP
+
+    def squeeze_depths(self, squeeze_channels: int) -> int:
+        """Products of depth 16 that have room for the squeeze vector."""
+        return ceil(squeeze_channels / 16)
+
+    def weight_bytes(self, out_channels: int) -> int:
+        """Stages of the projection's weights."""
+        return 2 * self.stages * self.step * sum(self.out_slabs(out_channels))
+
+    def gate_room(self, hidden_channels: int) -> int:
+        """Gates in shared memory, a power of two."""
+        return _power_of_two(self.padded_hidden(hidden_channels))
+
+    def bias_room(self, out_channels: int) -> int:
+        """Biases of the output in shared memory, a power of two."""
+        return _power_of_two(sum(self.out_slabs(out_channels)))
+
+    def squeeze_room(self, squeeze_channels: int) -> int:
+        """Length of the squeeze vector in shared memory, a power of two."""
+        return max(32, _power_of_two(16 * self.squeeze_depths(squeeze_channels)))
+
+    def gate_bytes(self, hidden_channels: int, out_channels: int, squeeze_channels: int) -> int:
+        """Gates in 16 bits; in fp32 biases, the squeeze vector, and its shares of all warps while they are added."""
+        words = self.bias_room(out_channels) + (1 + WARPS) * self.squeeze_room(squeeze_channels)
+        return 2 * self.gate_room(hidden_channels) + 4 * words
+
+
 @dataclass(frozen=True)
-class MBConvHopperTile:
+class MBConvHopperTile(SweptChannels):
     """One way to run the Hopper kernel of the MBConv block.
 
     An image is cut into `bands` bands of columns side by side, whose pixels lie in different lanes of a warp. A *tile*
@@ -118,26 +167,6 @@ class MBConvHopperTile:
         """Pixels that there is room for."""
         return TILE_PIXELS * self.tiles(width)
 
-    def in_slabs(self, in_channels: int) -> tuple[int, ...]:
-        """Slabs of the input, which the expansion contracts."""
-        return slab_widths(in_channels, WIDEST)
-
-    def out_slabs(self, out_channels: int) -> tuple[int, ...]:
-        """Slabs of the output, and of the projection's weights."""
-        return slab_widths(out_channels, WIDEST)
-
-    def depths(self, in_channels: int) -> int:
-        """Products of depth 16 of the expansion, with that of the bias."""
-        return (sum(self.in_slabs(in_channels)) + BIAS_CHANNELS) // 16
-
-    def sweeps(self, hidden_channels: int) -> int:
-        """Times that hidden channels are computed together."""
-        return ceil(hidden_channels / SWEEP)
-
-    def padded_hidden(self, hidden_channels: int) -> int:
-        """Hidden channels of whole sweeps."""
-        return self.sweeps(hidden_channels) * SWEEP
-
     def splits_last(self, width: int, hidden_channels: int) -> bool:
         """Whether the last sweep has half of the hidden channels, and each warpgroup half of the columns."""
         whole = self.bands == 1 and self.piece == MAX_TILES_AT_ONCE and self.columns(width) == MAX_TILES
@@ -147,10 +176,6 @@ class MBConvHopperTile:
         """Hidden channels that the kernel computes; the padded weights may have some more."""
         spared = SWEEP // 2 if self.splits_last(width, hidden_channels) else 0
         return self.padded_hidden(hidden_channels) - spared
-
-    def squeeze_depths(self, squeeze_channels: int) -> int:
-        """Products of depth 16 that have room for the squeeze vector."""
-        return ceil(squeeze_channels / 16)
 
     def passes(self, width: int, out_channels: int) -> int:
         """Times that all hidden channels are projected, each for other pixels."""
@@ -193,27 +218,6 @@ class MBConvHopperTile:
         if self.in_slabs(in_channels) == self.out_slabs(out_channels):
             return 0
         return 2 * self.pixels(width) * sum(self.out_slabs(out_channels))
-
-    def weight_bytes(self, out_channels: int) -> int:
-        """Stages of the projection's weights."""
-        return 2 * self.stages * self.step * sum(self.out_slabs(out_channels))
-
-    def gate_room(self, hidden_channels: int) -> int:
-        """Gates in shared memory, a power of two."""
-        return _power_of_two(self.padded_hidden(hidden_channels))
-
-    def bias_room(self, out_channels: int) -> int:
-        """Biases of the output in shared memory, a power of two."""
-        return _power_of_two(sum(self.out_slabs(out_channels)))
-
-    def squeeze_room(self, squeeze_channels: int) -> int:
-        """Length of the squeeze vector in shared memory, a power of two."""
-        return max(32, _power_of_two(16 * self.squeeze_depths(squeeze_channels)))
-
-    def gate_bytes(self, hidden_channels: int, out_channels: int, squeeze_channels: int) -> int:
-        """Gates in 16 bits; in fp32 biases, the squeeze vector, and its shares of all warps while they are added."""
-        words = self.bias_room(out_channels) + (1 + WARPS) * self.squeeze_room(squeeze_channels)
-        return 2 * self.gate_room(hidden_channels) + 4 * words
 
     def fixed_bytes(
         self, width: int, in_channels: int, hidden_channels: int, out_channels: int, squeeze_channels: int

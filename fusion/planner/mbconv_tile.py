@@ -12,28 +12,37 @@ from math import ceil
 
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import MBConvShape
+from fusion.planner.mbconv_project import (
+    LAUNCH_US,
+    ProjectTile,
+    launch_us,
+    occupancy,
+    project_bytes,
+    project_columns,
+    project_fields,
+    project_occupancy,
+    project_registers,
+    project_us,
+    uses_tensor_memory,
+)
 from fusion.planner.processor import Processor, kilobytes
-from fusion.planner.slabs import NARROWEST, slab_widths
+from fusion.planner.slabs import NARROWEST
 from fusion.planner.tile import (
     CHANNEL_MULTIPLE,
     KERNEL_DTYPES,
     MAX_IMAGE_ELEMENTS,
     MAX_REGISTERS,
-    MAX_WARPS_PER_PROCESSOR,
     MIN_HIDDEN_STEPS,
     MIN_STAGES,
     SPILL_ALLOWANCE,
     TENSOR_MEMORY_COLUMNS,
     TENSOR_MEMORY_LANES,
     WARP_SIZE,
-    WIDEST_OUTPUT_SLAB,
 )
 
 MAX_GROUP_WIDTH = 64
 MAX_WINDOW_PIXELS = 128
 """Of the window that are expanded together."""
-MAX_EXCITE_ELEMENTS = 4096
-"""Of the excite layer's weights that are read together."""
 WORKSPACE_SHARE = 0.5
 """Of the L2 cache that a micro-batch may fill with its hidden tensor: weights, input and output need room too."""
 TAPS = 9
@@ -43,9 +52,7 @@ BEST_HALVES = 2
 """Best predictions for one kernel that are combined with every way to run the other."""
 
 # Fitted to launches of single kernels on an H200, blocks of 128 and 256 channels at batch 128: predictions of the first
-# kernel are 17 % off, those of the second one 15 % (root mean square; no record).
-LAUNCH_US = 2.5
-"""Of each kernel, in a CUDA graph: start, first loads and tail. Chosen, not fitted."""
+# kernel are 17 % off (root mean square; no record).
 EXPAND_COST = 2.1
 """Time of the expansion with its activation over its products'."""
 CONV_COST = 0.64
@@ -56,17 +63,10 @@ VIEW_COST = 1.4
 """Time of the nine views of the window over that of their bytes at the L2 cache's bandwidth."""
 STEP_US = 0.27
 """One dependent step of the first kernel: barrier, product, and the wait for its operands."""
-PROJECT_COST = 1.5
-"""Time of the projection over its products'."""
-PROJECT_BYTES_COST = 0.44
-"""Part of the time of the second kernel's bytes, at the L2 cache's bandwidth, that is not hidden."""
-PROJECT_STEP_US = 0.06
-GATE_STEP_US = 0.18
-"""One round of gates."""
 
 
 @dataclass(frozen=True)
-class MBConvTile:
+class MBConvTile(ProjectTile):
     """One way to run the two MBConv kernels.
 
     Both run on `images` images at a time. A program of the first one has `warps` warps and computes `hidden` of the
@@ -114,42 +114,10 @@ class MBConvTile:
         """Input channels that are multiplied: whole steps of the loop, and at least `MIN_HIDDEN_STEPS`."""
         return max(MIN_HIDDEN_STEPS, ceil(in_channels / self.channels)) * self.channels
 
-    def padded_hidden(self, hidden_channels: int) -> int:
-        """Hidden channels that are computed: whole steps of both kernels, `MIN_HIDDEN_STEPS` of the second's."""
-        return ceil(hidden_channels / self._unit) * self._unit
-
-    def padded_squeeze(self, squeeze_channels: int) -> int:
-        """Length of the squeeze vector, a power of two."""
-        return max(NARROWEST, 1 << (squeeze_channels - 1).bit_length())
-
-    def gates(self, squeeze_channels: int) -> int:
-        """Gates that a program of the second kernel computes together."""
-        return max(1, min(self._unit, MAX_EXCITE_ELEMENTS // self.padded_squeeze(squeeze_channels)))
-
-    @property
-    def _unit(self) -> int:
-        return max(self.hidden, MIN_HIDDEN_STEPS * self.project_hidden)
-
-    def out_programs(self, out_channels: int) -> int:
-        """Programs of the second kernel that share the output channels of a pixel."""
-        return ceil(out_channels / self.project_out)
-
-    def out_slabs(self, out_channels: int) -> tuple[int, ...]:
-        """Slabs that one of them accumulates; those of all are equal."""
-        return slab_widths(ceil(out_channels / self.out_programs(out_channels)), WIDEST_OUTPUT_SLAB)
-
-    def padded_out(self, out_channels: int) -> int:
-        """Output channels that are computed."""
-        return self.out_programs(out_channels) * sum(self.out_slabs(out_channels))
-
     def parts(self, height: int, width: int, hidden_channels: int) -> int:
         """Programs of the first kernel for an image: pixel tiles times groups of hidden channels."""
         tiles = ceil(height / self.height) * ceil(width / self.width)
         return tiles * (self.padded_hidden(hidden_channels) // self.hidden)
-
-    def project_programs(self, height: int, width: int, out_channels: int) -> int:
-        """Programs of the second kernel for an image."""
-        return ceil(height * width / self.project_pixels) * self.out_programs(out_channels)
 
     def to_ints(self) -> list[int]:
         """The fields in order, for operators and files that take integers only; `MBConvTile(*ints)` undoes it."""
@@ -250,28 +218,26 @@ def local_memory_bytes(tile: MBConvTile, shape: MBConvShape, processor: Processo
 
     Where products accumulate in tensor memory, the operands that other processors keep in registers come on top.
     """
-    return max(_produce_bytes(tile, shape), _project_bytes(tile, shape, processor))
+    return max(_produce_bytes(tile, shape), project_bytes(tile, shape, processor))
 
 
 def tensor_memory_columns(tile: MBConvTile, shape: MBConvShape, processor: Processor) -> int:
     """Upper bound on the columns of tensor memory that a program's sums take; 0 where registers hold them."""
-    if not _uses_tensor_memory(processor):
+    if not uses_tensor_memory(processor):
         return 0
-    return max(
-        ceil(tile.window_pixels / TENSOR_MEMORY_LANES) * tile.hidden
-        + ceil(tile.pixels / TENSOR_MEMORY_LANES) * tile.conv_slab,
-        ceil(tile.project_pixels / TENSOR_MEMORY_LANES) * sum(tile.out_slabs(shape.out_channels)),
-    )
+    expand = ceil(tile.window_pixels / TENSOR_MEMORY_LANES) * tile.hidden
+    conv = ceil(tile.pixels / TENSOR_MEMORY_LANES) * tile.conv_slab
+    return max(expand + conv, project_columns(tile, shape))
 
 
 def estimated_registers(tile: MBConvTile, shape: MBConvShape) -> float:
     """32-bit registers a thread of the hungrier kernel: fp32 sums, what they are rounded to, and addresses."""
-    return max(_produce_registers(tile, shape), _project_registers(tile, shape))
+    return max(_produce_registers(tile, shape), project_registers(tile, shape))
 
 
 def programs_per_processor(tile: MBConvTile, shape: MBConvShape, processor: Processor) -> int:
     """Programs of either kernel that a streaming multiprocessor holds at a time (occupancy), at least."""
-    return min(_occupancies(tile, shape, processor))
+    return min(_produce_occupancy(tile, shape, processor), project_occupancy(tile, shape, processor))
 
 
 def images_that_fit(tile: MBConvTile, shape: MBConvShape, processor: Processor) -> int:
@@ -302,12 +268,13 @@ def predicted_us(tile: MBConvTile, shape: MBConvShape, processor: Processor) -> 
     """
     pixel_bytes = shape.pixel_bytes + shape.residual * ELEMENT_SIZE[shape.dtype] * shape.in_channels
     dram_us = shape.pixels * pixel_bytes / processor.bandwidth * 1e6
-    produce, project = _occupancies(tile, shape, processor)
+    produce = _produce_occupancy(tile, shape, processor)
+    project = project_occupancy(tile, shape, processor)
     us = 0.0
     for images, count in ((tile.images, shape.batch // tile.images), (shape.batch % tile.images, 1)):
         if images:
             us += count * _produce_us(tile, shape, processor, images, produce)
-            us += count * _project_us(tile, shape, processor, images, project)
+            us += count * project_us(tile, shape, processor, images, project)
     return max(us, LAUNCH_US + dram_us)
 
 
@@ -348,9 +315,8 @@ def _produce_halves(shape: MBConvShape, processor: Processor) -> Iterator[MBConv
 def _project_halves(shape: MBConvShape, processor: Processor) -> Iterator[MBConvTile]:
     """Valid tiles that differ in the second kernel, and ask for as little as they can in the first."""
     slab = max(NARROWEST, shape.group_width)
-    outs = [out for out in (256, 128, 64, 32, 16) if out < 2 * shape.out_channels or out == 16]
-    for stages, pixels, hidden, out, warps in product((3, 4), (64, 128, 32, 16), (64, 32), outs, (4, 8, 2)):
-        tile = MBConvTile(shape.batch, 4, 4, slab, 16, slab, 2, 2, pixels, hidden, out, warps, stages)
+    for fields_of_project in project_fields(shape):
+        tile = MBConvTile(shape.batch, 4, 4, slab, 16, slab, 2, 2, *fields_of_project)
         if why_invalid(tile, shape, processor) is None:
             yield tile
 
@@ -382,54 +348,12 @@ def _produce_us(tile: MBConvTile, shape: MBConvShape, processor: Processor, imag
     steps_us = STEP_US * (rounds * ins // tile.channels + TAPS * tile.hidden // tile.conv_slab)
     programs = images * tile.parts(shape.height, shape.width, shape.hidden_channels)
     registers = _produce_registers(tile, shape)
-    return _launch_us(processor, programs, work_us, views_us, steps_us, registers, occupancy)
+    return launch_us(processor, programs, work_us, views_us, steps_us, registers, occupancy)
 
 
-def _project_us(tile: MBConvTile, shape: MBConvShape, processor: Processor, images: int, occupancy: int) -> float:
-    hidden, out_slabs = tile.padded_hidden(shape.hidden_channels), tile.out_slabs(shape.out_channels)
-    out, squeeze = sum(out_slabs), tile.padded_squeeze(shape.squeeze_channels)
-    ops = 2 * tile.project_pixels * hidden * out
-    elements = hidden * (tile.project_pixels + out + squeeze) + 2 * tile.project_pixels * out
-    work_us = PROJECT_COST * ops / processor.peak_ops * 1e6
-    bytes_us = PROJECT_BYTES_COST * ELEMENT_SIZE[shape.dtype] * elements / processor.global_bandwidth * 1e6
-    steps_us = GATE_STEP_US * hidden / tile.gates(shape.squeeze_channels)
-    steps_us += PROJECT_STEP_US * hidden / tile.project_hidden * (1 + len(out_slabs))
-    programs = images * tile.project_programs(shape.height, shape.width, shape.out_channels)
-    registers = _project_registers(tile, shape)
-    return _launch_us(processor, programs, work_us, bytes_us, steps_us, registers, occupancy)
-
-
-def _launch_us(
-    processor: Processor,
-    programs: int,
-    work_us: float,
-    bytes_us: float,
-    steps_us: float,
-    registers: float,
-    occupancy: int,
-) -> float:
-    """Of a kernel with so many programs: work and bytes of one at the rates of the whole GPU, and its steps."""
-    waves = max(1.0, programs / (processor.processors * occupancy))
-    busy = min(1.0, programs / processor.processors)
-    spill = max(1.0, registers / MAX_REGISTERS) ** 0.5
-    return LAUNCH_US + spill * (programs * (work_us / busy + bytes_us) + waves * steps_us)
-
-
-def _occupancies(tile: MBConvTile, shape: MBConvShape, processor: Processor) -> tuple[int, int]:
-    """Programs of the first and of the second kernel that a streaming multiprocessor holds at a time."""
-    occupancies = []
-    for registers, local, warps in (
-        (_produce_registers(tile, shape), _produce_bytes(tile, shape), tile.warps),
-        (_project_registers(tile, shape), _project_bytes(tile, shape, processor), tile.project_warps),
-    ):
-        registers = min(registers, MAX_REGISTERS) * warps * WARP_SIZE
-        limits = (
-            int(processor.registers_per_processor // registers),
-            processor.local_memory_bytes // local,
-            MAX_WARPS_PER_PROCESSOR // warps,
-        )
-        occupancies.append(max(1, min(limits)))
-    return occupancies[0], occupancies[1]
+def _produce_occupancy(tile: MBConvTile, shape: MBConvShape, processor: Processor) -> int:
+    """Programs of the first kernel that a streaming multiprocessor holds at a time."""
+    return occupancy(_produce_registers(tile, shape), _produce_bytes(tile, shape), tile.warps, processor)
 
 
 def _produce_bytes(tile: MBConvTile, shape: MBConvShape) -> int:
@@ -440,28 +364,8 @@ def _produce_bytes(tile: MBConvTile, shape: MBConvShape) -> int:
     return ELEMENT_SIZE[shape.dtype] * max(expand, conv, store)
 
 
-def _project_bytes(tile: MBConvTile, shape: MBConvShape, processor: Processor) -> int:
-    out = sum(tile.out_slabs(shape.out_channels))
-    excite = tile.project_stages * tile.gates(shape.squeeze_channels) * tile.padded_squeeze(shape.squeeze_channels)
-    project = tile.project_stages * tile.project_hidden * (tile.project_pixels + out + 1)
-    if _uses_tensor_memory(processor):
-        project += tile.project_pixels * tile.project_hidden
-    return ELEMENT_SIZE[shape.dtype] * max(excite, project)
-
-
 def _produce_registers(tile: MBConvTile, shape: MBConvShape) -> float:
     squeeze = tile.padded_squeeze(shape.squeeze_channels)
     expand = 1.5 * tile.window_pixels * tile.hidden
     conv = 1.5 * tile.pixels * tile.conv_slab + tile.conv_slab * squeeze
     return max(expand, conv) / (tile.warps * WARP_SIZE) + 40
-
-
-def _project_registers(tile: MBConvTile, shape: MBConvShape) -> float:
-    excite = 1.5 * tile.gates(shape.squeeze_channels) * tile.padded_squeeze(shape.squeeze_channels)
-    sums = tile.project_pixels * sum(tile.out_slabs(shape.out_channels))
-    gated = tile.project_pixels * tile.project_hidden
-    return max(excite, sums + gated) / (tile.project_warps * WARP_SIZE) + 40
-
-
-def _uses_tensor_memory(processor: Processor) -> bool:
-    return processor.compute_capability[0] == 10

@@ -5,12 +5,24 @@ from dataclasses import dataclass, field
 from fusion.planner.families import KernelFamily, Tile, families_of, family_named, family_of
 from fusion.planner.graph import BlockGraph
 from fusion.planner.lower import layerwise
-from fusion.planner.match import BlockShape, match_convfirst, match_ffn, match_mbconv
+from fusion.planner.match import (
+    BlockShape,
+    match_convfirst,
+    match_convfirst_down,
+    match_ffn,
+    match_head,
+    match_mbconv,
+    match_mbconv_down,
+    match_stem,
+)
 from fusion.planner.processor import Processor, get_processor
 from fusion.planner.program import Program
 from fusion.planner.waterline import analyze
 
 RUNNERS_UP = 3
+MUCH_FASTER = 0.75
+"""Share of a preferred kernel's predicted time below which another one is chosen: predictions are rough across
+kernels."""
 
 
 class PlanError(ValueError):
@@ -120,13 +132,23 @@ def ranked_tiles(shape: BlockShape, processor: Processor, kernel: str | None = N
 
 def block_shape(graph: BlockGraph) -> BlockShape:
     """The shape of a block that a fused kernel runs. Raises PlanError if none does."""
-    shape = match_convfirst(graph) or match_ffn(graph) or match_mbconv(graph)
+    shape = (
+        match_convfirst(graph)
+        or match_convfirst_down(graph)
+        or match_ffn(graph)
+        or match_mbconv(graph)
+        or match_mbconv_down(graph)
+        or match_stem(graph)
+        or match_head(graph)
+    )
     if shape is None:
         raise PlanError(
             f"no fused kernel runs the block {graph.name!r} ({', '.join(op.name for op in graph.ops)}); supported is "
-            "ConvFirst with stride 1: a grouped 3x3 convolution, expand, ReLU or SiLU, project; FFN: expand, ReLU, "
-            "project; and MBConv with stride 1: expand, ReLU or SiLU, a grouped 3x3 convolution, the same activation, "
-            "squeeze-and-excitation, project; run it layer by layer"
+            "ConvFirst: a grouped 3x3 convolution, with stride 2 concatenated to its input and blur-pooled, expand, "
+            "ReLU or SiLU, project; FFN: expand, ReLU, "
+            "project; MBConv: expand, ReLU or SiLU, a grouped 3x3 convolution, the same activation, with stride 2 "
+            "a blur-pool, squeeze-and-excitation, project; a stem: a dense 3x3 convolution of stride 2, maybe ReLU or "
+            "SiLU; and a head: a 1x1 convolution, maybe ReLU or SiLU, global average pool; run it layer by layer"
         )
     reasons = [family.why_unsupported(shape) for family in families_of(shape)]
     if all(reasons):
@@ -159,16 +181,27 @@ def plan_block(
         why = "the tile was given"
     else:
         ranked = ranked_tiles(shape, processor, kernel)
-        (family, tiles), *others = ranked.items()
-        tile, *slower = tiles
-        why = f"lowest predicted time of {len(tiles)} valid tiles of the {family.title}"
+        family = _preferred(ranked, shape, processor)
+        tile, *slower = ranked.pop(family)
+        why = f"lowest predicted time of {1 + len(slower)} valid tiles of the {family.title}"
         rejected += [Rejection(repr(other), _prediction(other, shape, processor)) for other in slower[:RUNNERS_UP]]
         rejected += [
-            Rejection(other.title, f"{_prediction(best, shape, processor)} at best") for other, (best, *_) in others
+            Rejection(other.title, f"{_prediction(best, shape, processor)} at best")
+            for other, (best, *_) in ranked.items()
         ]
     family = family_of(tile)
     program = family.lower(graph, tile, shape)
     return Plan(program, shape, tile, processor, why, tuple(rejected))
+
+
+def _preferred(ranked: dict[KernelFamily, list[Tile]], shape: BlockShape, processor: Processor) -> KernelFamily:
+    """The first kernel, unless a later one should be much faster, for example as it divides few images more finely."""
+    best, *others = ranked
+    for other in others:
+        us, best_us = (family.predicted_us(ranked[family][0], shape, processor) for family in (other, best))
+        if us < MUCH_FASTER * best_us:
+            best = other
+    return best
 
 
 def _layerwise_rejection(graph: BlockGraph, processor: Processor) -> Rejection:

@@ -39,7 +39,7 @@ from fusion.planner.hopper_tile import (
     MAX_JOBS,
     MAX_ROWS,
     PARTITION_REGISTERS,
-    PIECE_ELEMENTS,
+    TAP_ELEMENTS,
     WARPS,
     WEIGHT_COLUMNS,
     HopperTile,
@@ -77,6 +77,8 @@ WORKER_REGISTERS = gl.constexpr(PARTITION_REGISTERS)
 """Of each thread of the second partition; it leaves as many to the first."""
 PIECE = gl.constexpr(NARROWEST)
 """Channels that a product contracts, and that the convolution computes together: two groups."""
+TAP = gl.constexpr(TAP_ELEMENTS)
+"""Weights of a tap of a piece."""
 JOB_BITS = gl.constexpr(MAX_JOBS.bit_length() - 1)
 """Bits of a job's number; those above make a zero that the compiler cannot see."""
 CONV_PIECES = 4
@@ -140,6 +142,11 @@ class Spec:
         return self.pixels // self.block
 
     @property
+    def pair_rows(self) -> int:
+        """Row buffers of a pair."""
+        return 2
+
+    @property
     def row_atoms(self) -> int:
         """Atoms of 8 pixels of a row buffer: zeros, then the pixels."""
         return 1 + self.pixels // 8
@@ -147,12 +154,17 @@ class Spec:
     @property
     def ring_atoms(self) -> int:
         """Atoms of a ring: its row buffers, and zeros after the last."""
-        return 2 * self.stages * self.row_atoms + 1
+        return self.pair_rows * self.stages * self.row_atoms + 1
 
     @property
     def pair_bytes(self) -> int:
         """What TMA brings of a pair of rows."""
-        return 2 * 2 * self.pixels * self.slab * self.slabs
+        return 2 * self.pair_rows * self.pixels * self.slab * self.slabs
+
+    @property
+    def taps(self) -> int:
+        """Matrices `[16, 16]` of the convolution."""
+        return 9 * self.pieces
 
     @property
     def groups(self) -> int:
@@ -190,7 +202,7 @@ class Spec:
     @property
     def conv_elements(self) -> int:
         """Of the packed weights, before the first chunk."""
-        return self.pieces * PIECE_ELEMENTS
+        return self.taps * TAP_ELEMENTS
 
     @property
     def hidden_bias_start(self) -> int:
@@ -227,7 +239,7 @@ def new_ring(dtype: gl.constexpr, S: gl.constexpr):
         ring = ring + (gl.allocate_shared_memory(dtype, [S.ring_atoms, 8, S.slab], rows_layout(S.slab)),)
     nothing = zeros(8, S.slab, dtype, copy_layout(S.slab))
     for s in gl.static_range(len(ring)):
-        for row in gl.static_range(fixed(2 * S.stages + 1)):
+        for row in gl.static_range(fixed(S.pair_rows * S.stages + 1)):
             ring[s].index(row * S.row_atoms).store(nothing)
     full = gl.allocate_shared_memory(gl.int64, [S.stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(fixed(S.stages)):
@@ -238,7 +250,7 @@ def new_ring(dtype: gl.constexpr, S: gl.constexpr):
 @gluon.jit
 def pair_atom(pair, S: gl.constexpr):
     """First atom of a pair's row buffers: zeros before the first row's pixels."""
-    return pair % S.stages * (2 * S.row_atoms)
+    return pair % S.stages * (S.pair_rows * S.row_atoms)
 
 
 @gluon.jit
@@ -321,7 +333,7 @@ def wait_for_chunk(weights, job, step, S: gl.constexpr):
 
 @gluon.jit
 def replace_chunk(weights, job, jobs, step, PARTITION: gl.constexpr, S: gl.constexpr):
-    """This partition has used the chunk of the step before. When both have, the first one replaces it."""
+    """This partition has used the chunk of the step before. When all have, the first one replaces it."""
     weights_desc, chunks, full, free = weights
     last = job * S.steps + step - 1
     slot = last % S.weight_chunks
@@ -332,7 +344,8 @@ def replace_chunk(weights, job, jobs, step, PARTITION: gl.constexpr, S: gl.const
     else:
         following = last + S.weight_chunks
         if (last >= 0) & (following < jobs * S.steps):
-            mbarrier.wait(free.index(slot), (last // S.weight_chunks) & 1)
+            if S.partitions == 2:
+                mbarrier.wait(free.index(slot), (last // S.weight_chunks) & 1)
             mbarrier.expect(full.index(slot), S.chunk_bytes)
             load_chunk(weights_desc, chunks, full.index(slot), following % S.steps, slot, S)
 
@@ -613,10 +626,11 @@ def copy_matrix(target, pointer):
 def load_weights(pointer, weights_desc, dtype: gl.constexpr, S: gl.constexpr):
     """Start to copy `fusion.weights.PackedHopper.weights` to shared memory, all of it or the first chunks.
 
-    The convolution's taps [pieces x 3 columns x 3 rows, 16 out, 16 in], the atoms of the chunks [atoms, 8, 64], the
-    hidden bias [steps, hidden], and barriers that tell that chunks are there: one for each, or one for all.
+    The convolution's taps [taps, 16 out, 16 in], for stride 1 pieces x 3 columns x 3 rows, the atoms of the chunks
+    [atoms, 8, 64], the hidden bias [steps, hidden], and barriers that tell that chunks are there: one for each, or one
+    for all.
     """
-    w = gl.allocate_shared_memory(dtype, [S.pieces * 9, 16, 16], rows_layout(16))
+    w = gl.allocate_shared_memory(dtype, [S.taps, 16, 16], rows_layout(16))
     chunks = gl.allocate_shared_memory(dtype, [S.chunks * S.chunk_atoms, 8, 64], rows_layout(64))
     full = gl.allocate_shared_memory(gl.int64, [S.barriers, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [S.barriers, 1], mbarrier.MBarrierLayout())
@@ -637,10 +651,11 @@ def load_weights(pointer, weights_desc, dtype: gl.constexpr, S: gl.constexpr):
     bias_ptr = pointer + S.hidden_bias_start
     for step in gl.static_range(fixed(S.steps)):
         bias.index(step).store(gl.load(bias_ptr + step * S.hidden + gl.arange(0, S.hidden, thread_layout())))
-    for piece in gl.static_range(fixed(S.pieces)):  # 9 taps, 8 and one
-        copy_matrix(w.index(9 * piece)._reinterpret(dtype, [128, 16], rows_layout(16)), pointer)
-        copy_matrix(w.index(9 * piece + 8), pointer + 128 * 16)
-        pointer += 144 * 16
+    for eight in gl.static_range(fixed(S.taps // 8)):
+        eight_taps = w.index(8 * eight)._reinterpret(dtype, [128, 16], rows_layout(16))
+        copy_matrix(eight_taps, pointer + 8 * eight * TAP)
+    for tap in gl.static_range(fixed(S.taps // 8 * 8), fixed(S.taps)):
+        copy_matrix(w.index(tap), pointer + tap * TAP)
     async_copy.commit_group()
     return w, chunks, bias, full, free
 

@@ -89,6 +89,12 @@ def box_layout(columns):
 
 
 @gluon.constexpr_function
+def planes_layout(columns):
+    """[1, pixels, streams, 1, columns], even or odd columns of rows that TMA copies."""
+    return gl.NVMMASharedLayout(2 * columns, 16, rank=5)
+
+
+@gluon.constexpr_function
 def flat_layout():
     """[rows, 64] as they lie in global memory."""
     return gl.NVMMASharedLayout(0, 16, rank=2)

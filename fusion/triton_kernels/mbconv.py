@@ -42,6 +42,7 @@ def expand_window(
     weights,
     bias,
     scratch,
+    places,
     top,
     left,
     first,
@@ -52,15 +53,18 @@ def expand_window(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     PIXELS: tl.constexpr,
+    STRIDE: tl.constexpr,
     HIDDEN: tl.constexpr,
     CHANNELS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Hidden channels `first : first + HIDDEN` of the window at (top, left), to `scratch` [window, HIDDEN]."""
+    """Hidden channels `first : first + HIDDEN` of the window at (top, left), to `scratch`.
+
+    There, pixels are `STRIDE` elements apart, and `places` [HIDDEN] are those of a pixel's channels.
+    """
     c = tl.arange(0, CHANNELS)
-    channel = tl.arange(0, HIDDEN)
-    b = tl.load(bias + first + channel)
+    b = tl.load(bias + first + tl.arange(0, HIDDEN))
     for start in tl.range(0, WINDOW_H * WINDOW_W, PIXELS, num_stages=1):
         pixel = start + tl.arange(0, PIXELS)
         inside = pixel < WINDOW_H * WINDOW_W
@@ -71,7 +75,7 @@ def expand_window(
             x = tl.load(pixels + k, mask=inside[:, None] & (k + c < C)[None, :], other=0.0)
             h = tl.dot(x, load_matrix(weights, k, first, CHANNELS, HIDDEN, HIDDEN_PADDED), h)
         h = activated(h + b[None, :], ACTIVATION).to(scratch.dtype.element_ty)
-        tl.store(scratch + pixel[:, None] * HIDDEN + channel[None, :], h, mask=inside[:, None])
+        tl.store(scratch + pixel[:, None] * STRIDE + places[None, :], h, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["first_image"])
@@ -131,6 +135,7 @@ def produce_kernel(
         expand_ptr,
         expand_bias_ptr,
         scratch,
+        tl.arange(0, HIDDEN),
         top,
         left,
         first,
@@ -141,6 +146,7 @@ def produce_kernel(
         WINDOW_H,
         WINDOW_W,
         WINDOW_PIXELS,
+        HIDDEN,
         HIDDEN,
         CHANNELS,
         ACTIVATION,

@@ -321,7 +321,7 @@ def launch(
     workspace = torch.empty(elements, dtype=x.dtype, device=x.device)
     boxes = descriptor_boxes(spec)
     rows = {"hidden_desc": workspace, **{f"v{width}_desc": project for width in PRODUCT_WIDTHS}}
-    descriptors = {name: _rows_descriptor(tensor, boxes.get(name)) for name, tensor in rows.items()}
+    descriptors = {name: rows_descriptor(tensor, boxes.get(name)) for name, tensor in rows.items()}
     for first in range(0, batch, programs):
         images = slice(first, first + programs)
         mbconv_hopper_kernel[(len(x[images]),)](
@@ -345,7 +345,7 @@ def launch(
         )
 
 
-def _rows_descriptor(tensor: torch.Tensor, box: list[int] | None) -> TensorDescriptor | None:
+def rows_descriptor(tensor: torch.Tensor, box: list[int] | None) -> TensorDescriptor | None:
     """Of rows of 64 elements; None without a box."""
     if box is None:
         return None

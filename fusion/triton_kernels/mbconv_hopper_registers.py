@@ -189,16 +189,21 @@ def finish(sums, pool, mask, taps, S: gl.constexpr):
 
 
 @gluon.jit
-def convolve(left, here, right, weights, pool, mask, S: gl.constexpr):
-    """Hidden channels of a tile after the convolution, from the tiles of three columns, and the pool with them."""
+def convolved(left, here, right, weights):
+    """Sums of the convolution of a tile, from the tiles of three columns."""
     taps, bias = weights
     sums = outer_taps(left, taps[0], bias)
     sums = same_taps(left, taps[3], sums, 0)
     sums = outer_taps(here, taps[1], sums)
     sums = same_taps(here, taps[3], sums, 1)
     sums = outer_taps(right, taps[2], sums)
-    sums = same_taps(right, taps[4], sums, 0)
-    return finish(sums, pool, mask, taps[0], S)
+    return same_taps(right, taps[4], sums, 0)
+
+
+@gluon.jit
+def convolve(left, here, right, weights, pool, mask, S: gl.constexpr):
+    """Hidden channels of a tile after the convolution, from the tiles of three columns, and the pool with them."""
+    return finish(convolved(left, here, right, weights), pool, mask, weights[0][0], S)
 
 
 @gluon.jit

@@ -24,6 +24,7 @@ FIRST_ROUND = 24
 """Tiles of the first round: the best predictions among those of different designs."""
 ALTERNATIVES = 8
 """How many of them are of a kernel family that the planner would not choose."""
+KERNEL_FILES = ("convfirst*.py", "ffn*.py", "head*.py", "hopper*.py", "mbconv*.py", "native.py", "stem*.py")
 SECOND_ROUND_SEEDS = 3
 """Winners of the first round of whose designs the second round tries all tiles."""
 
@@ -102,9 +103,7 @@ def cache_key(shape: BlockShape, device: torch.device) -> cache.CacheKey:
 def kernel_sources() -> list[Path]:
     """The files that hold the kernels of all families, and what they share."""
     folder = Path(triton_kernels.__file__).parent
-    return sorted(
-        path for pattern in ("convfirst*.py", "ffn*.py", "mbconv*.py", "hopper*.py") for path in folder.glob(pattern)
-    )
+    return sorted(path for pattern in KERNEL_FILES for path in folder.glob(pattern))
 
 
 def search(

@@ -15,11 +15,21 @@ import torch
 from torch import Tensor
 
 from fusion import kernels, reference
+from fusion.edge_weights import HeadWeights, StemWeights
 from fusion.ffn_weights import FfnWeights
 from fusion.kernels import Weights
 from fusion.mbconv_weights import MBConvWeights
 from fusion.planner.families import Tile, family_named, family_of
-from fusion.planner.match import BlockShape, ConvFirstShape, FfnShape, MBConvShape
+from fusion.planner.match import (
+    BlockShape,
+    ConvFirstDownShape,
+    ConvFirstShape,
+    FfnShape,
+    HeadShape,
+    MBConvDownShape,
+    MBConvShape,
+    StemShape,
+)
 from fusion.reference import ERROR_FACTOR, relative_error
 from fusion.timing import STAGE_DEPTH, graph_us
 from fusion.weights import ConvFirstWeights
@@ -92,7 +102,7 @@ class Bench:
         """Microseconds a block of a stage of `STAGE_DEPTH` blocks."""
         runs = [self._run(weights, tile) for weights in self.weights]
         outs = [self._empty_output() for _ in range(2)]
-        is_chain = self.shape.in_channels == self.shape.out_channels
+        is_chain = outs[0].shape == self.x.shape
 
         def stage() -> None:
             x = self.x
@@ -104,11 +114,11 @@ class Bench:
 
     def _empty_output(self) -> Tensor:
         # NaN tells elements that the kernel does not write.
-        batch, _, height, width = self.x.shape
-        out = torch.full(
-            (batch, height, width, self.shape.out_channels), float("nan"), dtype=self.dtype, device=self.device
-        )
-        return out.permute(0, 3, 1, 2)
+        shape = self.shape
+        if isinstance(shape, HeadShape):
+            return torch.full((shape.batch, shape.out_channels), float("nan"), dtype=self.dtype, device=self.device)
+        size = shape.batch, shape.out_height, shape.out_width, shape.out_channels
+        return torch.full(size, float("nan"), dtype=self.dtype, device=self.device).permute(0, 3, 1, 2)
 
     def _run(self, weights: Weights, tile: Tile) -> Callable[[Tensor, Tensor], None]:
         shape = self.shape
@@ -118,14 +128,22 @@ class Bench:
             packed,
             out,
             tile,
-            hidden_channels=shape.hidden_channels,
+            hidden_channels=getattr(shape, "hidden_channels", 0),
             activation=shape.activation,
-            residual=shape.residual,
+            residual=getattr(shape, "residual", False),
         )
 
     def _reference(self, x: Tensor) -> Tensor:
-        weights, rest = self.weights[0], (self.shape.activation, self.shape.residual)
+        weights = self.weights[0]
         tensors = (tensor.to(x.device) for tensor in vars(weights).values())
+        if isinstance(self.shape, ConvFirstDownShape):
+            return reference.convfirst_down(x, *tensors, self.shape.activation)
+        if isinstance(self.shape, MBConvDownShape):
+            return reference.mbconv_down(x, *tensors, self.shape.activation)
+        if isinstance(self.shape, StemShape | HeadShape):
+            run = reference.stem if isinstance(self.shape, StemShape) else reference.head
+            return run(x, *tensors, self.shape.activation)
+        rest = self.shape.activation, self.shape.residual
         if isinstance(weights, FfnWeights):
             return reference.ffn(x, *tensors, *rest)
         if isinstance(weights, MBConvWeights):
@@ -139,9 +157,16 @@ def random_weights(shape: BlockShape, generator: torch.Generator) -> Weights:
     def normal(*size: int, fan_in: float) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64) / fan_in**0.5
 
+    if isinstance(shape, StemShape):
+        conv = normal(shape.out_channels, shape.in_channels, 3, 3, fan_in=9 * shape.in_channels)
+        return StemWeights(conv, normal(shape.out_channels, fan_in=10))
+    if isinstance(shape, HeadShape):
+        conv = normal(shape.out_channels, shape.in_channels, fan_in=shape.in_channels)
+        return HeadWeights(conv, normal(shape.out_channels, fan_in=10))
     hidden = shape.hidden_channels
+    expanded = (2 if isinstance(shape, ConvFirstDownShape) else 1) * shape.in_channels
     ffn = FfnWeights(
-        expand=normal(hidden, shape.in_channels, fan_in=shape.in_channels),
+        expand=normal(hidden, expanded, fan_in=expanded),
         expand_bias=normal(hidden, fan_in=10),
         # A small share of the sum: eight residual blocks in a row should not grow.
         project=normal(shape.out_channels, hidden, fan_in=8 * hidden),
@@ -149,9 +174,9 @@ def random_weights(shape: BlockShape, generator: torch.Generator) -> Weights:
     )
     if isinstance(shape, FfnShape):
         return ffn
-    convolved = hidden if isinstance(shape, MBConvShape) else shape.in_channels
+    convolved = hidden if isinstance(shape, MBConvShape | MBConvDownShape) else shape.in_channels
     conv = normal(convolved, shape.group_width, 3, 3, fan_in=9 * shape.group_width)
-    if isinstance(shape, ConvFirstShape):
+    if isinstance(shape, ConvFirstShape | ConvFirstDownShape):
         return ConvFirstWeights(conv, **vars(ffn))
     return MBConvWeights(
         **vars(ffn),

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fusion.modules import FusedConvFirst, FusedMBConv
+from fusion.down_modules import FusedConvFirstDown
+from fusion.edge_modules import FusedHead, FusedStem
+from fusion.mbconv_down_module import FusedMBConvDown
+from fusion.modules import FusedBlock, FusedConvFirst, FusedMBConv
 from fusion.planner.plan import PlanError
 from models import ConvFirst, MBConv, create_model, fuse_blocks
 
@@ -20,20 +23,50 @@ def test_the_fused_network_computes_the_same():
         torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_create_model_says_which_blocks_stay_eager(caplog):
+@pytest.mark.parametrize("name", ["convfirstnet_pico", "convfirstnet_tiny"])
+def test_create_model_fuses_every_block(name, caplog):
     with caplog.at_level(logging.WARNING):
-        model = create_model("convfirstnet_pico", num_classes=10, fused=True)
-    twins = {name: type(module) for name, module in model.named_modules() if hasattr(module, "plan")}
-    expected = dict.fromkeys(("stages.0.0", "stages.1.1", "stages.2.1", "stages.2.2"), FusedConvFirst)
-    assert twins == expected | {f"stages.{stage}.{i}": FusedMBConv for stage in (3, 4) for i in range(1, 11)}
-    eager = {name for name, module in model.named_modules() if isinstance(module, ConvFirst | MBConv)}
-    assert set(model.left_eager) == eager
-    assert "stride 2" in model.left_eager["stages.1.0"]
-    assert eager == {f"stages.{stage}.0" for stage in (1, 2, 3, 4)}
-    assert "MBConv with stride 2" in model.left_eager["stages.3.0"]
-    assert "24 blocks are fused" in caplog.text
-    assert "stages.1.0" in caplog.text
+        model = create_model(name, num_classes=10, fused=True)
+    twins = {name: type(module) for name, module in model.module.named_modules() if isinstance(module, FusedBlock)}
+    expected = {"stem": FusedStem, "head": FusedHead}
+    for stage, depth in enumerate(model.config.depths):
+        same, down = (FusedConvFirst, FusedConvFirstDown) if stage < 3 else (FusedMBConv, FusedMBConvDown)
+        expected |= {f"stages.{stage}.{i}": down if stage and not i else same for i in range(depth)}
+    assert twins == expected
+    assert not model.left_eager and not caplog.text
     assert not model.training
+    assert [name for name, _ in model.named_parameters()] == ["module.classifier.weight", "module.classifier.bias"]
+
+
+def test_parts_of_the_fused_network():
+    """Feature maps, pre-logits and what describes the network are those of the original."""
+    torch.manual_seed(0)
+    model = create_model("convfirstnet_pico", num_classes=10).eval().double()
+    fused = fuse_blocks(model)
+    x = torch.randn(2, 3, 37, 41, dtype=torch.float64)
+    with torch.no_grad():
+        features = fused.forward_features(x)
+        torch.testing.assert_close(features, model.forward_features(x))
+        for pre_logits in (False, True):
+            torch.testing.assert_close(
+                fused.forward_head(features, pre_logits), model.forward_head(model.forward_features(x), pre_logits)
+            )
+    assert fused.feature_info == model.feature_info
+    assert fused.default_cfg == model.default_cfg and fused.num_features == model.num_features
+
+
+def test_feature_extractor():
+    torch.manual_seed(0)
+    options = {"features_only": True, "out_indices": (0, 2, 4)}
+    model = create_model("convfirstnet_pico", **options).eval().double()
+    fused = fuse_blocks(model, example_input=torch.randn(1, 3, 37, 41, dtype=torch.float64))
+    x = torch.randn(2, 3, 50, 33, dtype=torch.float64)
+    with torch.no_grad():
+        for feature, expected in zip(fused(x), model(x), strict=True):
+            torch.testing.assert_close(feature, expected)
+    assert fused.feature_info.reduction() == [2, 8, 32]
+    assert not fused.left_eager
+    assert isinstance(create_model("convfirstnet_pico", fused=True, **options).stem, FusedStem)
 
 
 def test_the_original_stays_as_it_was():
@@ -55,10 +88,10 @@ def test_a_block_in_training_mode_is_not_fused():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (ConvFirst(16, 32, expansion=6, stride=2), "stride 2 and ReLU; supported are stride 1 and ReLU or SiLU"),
-        (ConvFirst(16, 16, expansion=6, activation=nn.GELU), "stride 1 and GELU; supported are"),
-        (MBConv(16, 32, stride=2), "MBConv with stride 2 and SiLU; supported are stride 1 and ReLU or SiLU"),
-        (MBConv(16, 16, activation=nn.GELU), "MBConv with stride 1 and GELU; supported are"),
+        (ConvFirst(16, 16, expansion=6, activation=nn.GELU), "ConvFirst with GELU; supported are ReLU or SiLU"),
+        (ConvFirst(16, 32, expansion=6, stride=2, activation=nn.GELU), "ConvFirst with GELU; supported are"),
+        (MBConv(16, 16, activation=nn.GELU), "MBConv with GELU; supported are ReLU or SiLU"),
+        (MBConv(16, 32, stride=2, activation=nn.GELU), "MBConv with GELU; supported are"),
     ],
 )
 def test_a_block_without_a_kernel_says_what_is_supported(block, message):

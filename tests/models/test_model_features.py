@@ -30,7 +30,7 @@ def test_all_stages(pico):
         for feature, info in zip(features, extractor.feature_info, strict=True):
             stride = info["reduction"]
             assert feature.shape == (1, info["num_chs"], -(-75 // stride), -(-61 // stride))
-        torch.testing.assert_close(pico.head(features[-1]), pico.forward_features(x))
+        torch.testing.assert_close(pico.head.features(features[-1]), pico.forward_features(x))
 
 
 def test_some_stages_leave_out_the_rest_and_take_smaller_images(pico):

@@ -3,7 +3,7 @@ import pytest
 from fusion.planner.blocks import conv, convfirst, ffn, mbconv
 from fusion.planner.graph import ELEMENT_SIZE, BlockGraph, OpKind, make_op
 from fusion.planner.lower import block_fused
-from fusion.planner.match import MBConvShape, match_mbconv
+from fusion.planner.match import MBConvDownShape, MBConvShape, match_mbconv, match_mbconv_down
 from fusion.planner.plan import block_shape
 
 
@@ -44,6 +44,32 @@ def test_other_blocks_are_no_mbconv(graph):
     assert match_mbconv(graph) is None
 
 
+def test_mbconv_of_stride_2():
+    options = {"out_channels": 40, "group_width": 4, "squeeze_channels": 3, "activation": "relu", "dtype": "bfloat16"}
+    graph = mbconv(2, 5, 8, 24, 3, stride=2, **options)
+    shape = MBConvDownShape(2, 5, 8, 24, 72, 40, 3, 4, "relu", "bfloat16")
+    assert match_mbconv_down(graph) == shape
+    assert (shape.out_height, shape.out_width) == (3, 4)
+    assert match_mbconv_down(mbconv(1, 8, 8, 16, 4, stride=2, kernel_size=5)).kernel_size == 5
+    weights = sum(weight.size for weight in graph.weights()) * ELEMENT_SIZE[graph.dtype]
+    assert shape.activation_bytes + weights == block_fused(graph).bytes
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        mbconv(1, 8, 8, 16, 4),
+        mbconv(1, 8, 8, 16, 4, residual=False),
+        mbconv(1, 1, 1, 16, 4, stride=2, residual=True),
+        convfirst(1, 8, 8, 16, 4, stride=2),
+        conv(1, 8, 8, 16),
+    ],
+    ids=lambda graph: f"{graph.name}-{len(graph.ops)}",
+)
+def test_other_blocks_are_no_mbconv_of_stride_2(graph):
+    assert match_mbconv_down(graph) is None
+
+
 def edited(graph, **replacements):
     """The graph with ops of other kinds, by name."""
     tensors = {tensor: tensor for tensor in graph.inputs}
@@ -65,9 +91,10 @@ def edited(graph, **replacements):
     ],
 )
 def test_mbconv_has_certain_activations(name, kind):
-    graph = mbconv(1, 8, 8, 16, 4)
-    assert edited(graph) == graph
-    assert match_mbconv(edited(graph, **{name: kind})) is None
+    for match, stride in ((match_mbconv, 1), (match_mbconv_down, 2)):
+        graph = mbconv(1, 8, 8, 16, 4, stride=stride)
+        assert edited(graph) == graph and match(graph)
+        assert match(edited(graph, **{name: kind})) is None
 
 
 def test_the_gate_is_of_the_convolution_and_the_residual_of_the_input():

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from fusion.planner.blocks import convfirst, mbconv
+from fusion.planner.blocks import conv, convfirst, mbconv
 from fusion.planner.families import HOPPER, MBCONV, PORTABLE
 from fusion.planner.hopper_tile import HopperTile
+from fusion.planner.lower import block_fused
+from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.plan import PlanError, plan_block, ranked_tiles
 from fusion.planner.processor import PROCESSORS
@@ -157,19 +159,17 @@ def test_a_plan_prints_itself_and_its_tile_can_be_pasted_back(kernel):
 @pytest.mark.parametrize(
     "graph, message",
     [
-        (
-            mbconv(1, 8, 8, 16, 2, stride=2),
-            r"no fused kernel runs the block 'mbconv' .*supported is ConvFirst.*MBConv with stride 1.*run it",
-        ),
-        (convfirst(1, 8, 8, 16, 2, stride=2), r"no fused kernel runs the block 'convfirst' .*blurpool.*stride 1"),
+        (conv(1, 8, 8, 16), r"no fused kernel runs the block 'conv' \(conv\); supported is ConvFirst.*MBConv: .*run"),
+        (convfirst(1, 8, 1, 16, 2, stride=2), "8x1 pixels cannot be blur-pooled: reflection needs 2 each way"),
         (convfirst(1, 8, 8, 16, 2, dtype="float32"), "dtype float32 is not supported, use one of float16, bfloat16"),
         (convfirst(1, 8, 8, 16, 2, kernel_size=5), "kernel size 5 is not supported, use 3"),
         (convfirst(1, 8, 8, 12, 2, group_width=4), "in_channels=12 is not supported, use a multiple of 8"),
         (mbconv(1, 8, 8, 12, 2, group_width=4), "in_channels=12 is not supported, use a multiple of 8"),
         (mbconv(1, 8, 8, 24, 1, group_width=24), "group width 24 is not supported, use a power of two up to 64"),
+        (mbconv(1, 8, 1, 16, 2, stride=2), "images of 8x1 pixels are too small: a blur-pool reflects its input"),
         (convfirst(1, 8, 8, 4096, 1), "no tile fits .*run the block layer by layer"),
     ],
-    ids=["mbconv", "stride", "dtype", "kernel", "channels", "mbconv-channels", "mbconv-groups", "huge"],
+    ids=["conv", "reflection", "dtype", "kernel", "channels", "mbconv-channels", "mbconv-groups", "blur", "huge"],
 )
 def test_blocks_that_no_kernel_runs(graph, message):
     with pytest.raises(PlanError, match=message):
@@ -192,6 +192,20 @@ def test_mbconv_runs_as_two_kernels(processor):
     assert plan_block(graph, processor, eval(line)).tile == plan.tile
     with pytest.raises(PlanError, match="is for other blocks than MBConvShape"):
         plan_block(graph, processor, ConvFirstTile(4, 8, 16, 16, 1))
+
+
+def test_mbconv_of_stride_2_runs_as_two_kernels():
+    graph = mbconv(128, 32, 32, 48, 4, out_channels=128, stride=2)
+    plan = plan_block(graph, "a100")
+    assert (plan.kernel, type(plan.tile)) == ("mbconv_down", MBConvDownTile)
+    assert [kernel.name for kernel in plan.program.kernels] == ["produce", "project"]
+    produce = plan.program.kernels[0].partition
+    assert (produce.tensor, produce.dims[1:3]) == ("blurpool.out", (("H", plan.tile.height), ("W", plan.tile.width)))
+    assert plan.predicted_us >= plan.limit_us
+    assert (plan.ops_count, plan.program.bytes) == (graph.ops_count, block_fused(graph).bytes)
+    assert plan_block(graph, "a100", plan.tile).tile == plan.tile
+    with pytest.raises(PlanError, match="is for other blocks than MBConvShape"):
+        plan_block(mbconv(1, 8, 8, 16, 2), "a100", plan.tile)
 
 
 def test_errors_of_arguments():

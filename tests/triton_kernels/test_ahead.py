@@ -2,17 +2,19 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from fusion.planner import ffn_tile, hopper_tile, mbconv_hopper_tile, mbconv_tile
+from fusion.planner import convfirst_down_tile, ffn_tile, hopper_tile, mbconv_down_tile, mbconv_hopper_tile, mbconv_tile
 from fusion.planner.blocks import convfirst, ffn, mbconv
+from fusion.planner.convfirst_down_tile import ConvFirstDownTile
 from fusion.planner.ffn_tile import BLOCK_PIXELS, PARTITIONS, FfnTile
 from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.match import match_convfirst, match_ffn, match_mbconv
+from fusion.planner.match import match_convfirst, match_convfirst_down, match_ffn, match_mbconv, match_mbconv_down
+from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.plan import plan_block
@@ -92,6 +94,40 @@ def check_memory(row, capability):
     columns = tensor_memory_columns(TILE, shape, processor)
     assert row["tensor_columns"] <= min(2 * columns, TENSOR_MEMORY_COLUMNS), row
     assert (row["tensor_columns"] > 0) == (capability == (10, 0)), row
+
+
+DOWN_TILE = ConvFirstDownTile(128, 32, 16, 4)
+DOWN_BLOCKS = [(24, 6, 128), (32, 6, 64)]
+"""Of two slabs each."""
+
+
+def test_resources_of_the_stride_2_kernel():
+    """Nothing spills, products are not serialised, the taps are a loop, and its copies are as wide as told."""
+    wide, narrow = (down_rows(replace(DOWN_TILE, copy_bytes=copy_bytes)) for copy_bytes in (16, 8))
+    views = 2 * DOWN_TILE.conv_stages
+    copies = DOWN_TILE.pixels * DOWN_TILE.conv_slab * 2 // (16 * DOWN_TILE.warps * 32)
+    for row, narrow_row in zip(wide, narrow, strict=True):
+        assert row["wide_copies"] - narrow_row["wide_copies"] == views * copies, (row, narrow_row)
+
+
+def down_rows(tile):
+    """Resources of `DOWN_BLOCKS` with a tile, on two architectures, checked."""
+    blocks = [f"convfirst-down:{','.join(map(str, block))}" for block in DOWN_BLOCKS]
+    options = ["--capability", "8.9", "9.0", "--convfirst-down-tile", ",".join(map(str, tile.to_ints()))]
+    rows = json.loads(run_main("--json", "--block", *blocks, *options))
+    compiled = [(tuple(row["block"]), tuple(row["capability"])) for row in rows]
+    assert compiled == list(product(DOWN_BLOCKS, [(8, 9), (9, 0)]))
+    for row, ((channels, expansion, size), capability) in zip(rows, compiled, strict=True):
+        graph = convfirst(128, size, size, channels, expansion, out_channels=2 * channels, stride=2)
+        shape = match_convfirst_down(graph)
+        assert row["stack_bytes"] == 0, row
+        assert convfirst_down_tile.estimated_registers(tile, shape) == pytest.approx(row["registers"], rel=0.15), row
+        processor = PROCESSORS[PROCESSOR_OF_CAPABILITY[capability]]
+        estimate = convfirst_down_tile.local_memory_bytes(tile, shape, processor)
+        assert 0.6 * estimate <= row["shared_bytes"] <= estimate + ALIGNMENT_BYTES, row
+        check_instructions(row, capability)
+        assert row["warpgroup"] < 1.5 * row["hgmma"] or capability == (8, 9), row
+    return rows
 
 
 @dataclass(frozen=True)
@@ -204,6 +240,31 @@ def test_resources_of_the_mbconv_kernels():
         assert row["shared_bytes"] <= estimate + ALIGNMENT_BYTES, row
 
 
+def test_resources_of_the_stride_2_mbconv_kernels():
+    """On tensor cores, in the shared memory that the planner counts, with copies as wide as told and few spills."""
+    tile = MBConvDownTile(128, 120, 16, 16, 64, 32, 16, 64, 4, 3, 16, 64, 32, 128, 4, 3)
+    wide, narrow = (mbconv_down_rows(replace(tile, copy_bytes=copy_bytes)) for copy_bytes in (16, 8))
+    for row, narrow_row in zip(wide, narrow, strict=True):
+        assert (row["wide_copies"] > narrow_row["wide_copies"]) == (row["kernel"] == "produce"), (row, narrow_row)
+
+
+def mbconv_down_rows(tile):
+    """Resources of both kernels of a block with a tile, on two architectures, checked."""
+    options = ["--capability", "8.0", "9.0", "--mbconv-down-tile", ",".join(map(str, tile.to_ints()))]
+    rows = json.loads(run_main("--json", "--block", "mbconv-down:48,4,32", *options))
+    compiled = [(row["kernel"], tuple(row["capability"])) for row in rows]
+    assert compiled == [(kernel, capability) for capability in ((8, 0), (9, 0)) for kernel in ("produce", "project")]
+    shape = match_mbconv_down(mbconv(128, 32, 32, 48, 4, out_channels=96, stride=2))
+    for row, (_, capability) in zip(rows, compiled, strict=True):
+        check_instructions(row, capability)
+        assert row["stack_bytes"] <= (0 if capability == (9, 0) else 32), row
+        estimate = mbconv_down_tile.estimated_registers(tile, shape)
+        assert row["registers"] <= (1.2 * estimate if capability == (9, 0) else MAX_REGISTERS), row
+        estimate = mbconv_down_tile.local_memory_bytes(tile, shape, PROCESSORS[PROCESSOR_OF_CAPABILITY[capability]])
+        assert row["shared_bytes"] <= estimate + ALIGNMENT_BYTES, row
+    return rows
+
+
 @pytest.mark.parametrize(
     "block, tile, most_stack_bytes",
     [
@@ -279,18 +340,20 @@ def test_unsupported_blocks_are_refused():
     [
         (
             ["--block", "64,6"],
-            "a block is CHANNELS,EXPANSION,SIZE, after convfirst: or mbconv: if you like, got '64,6'",
+            "head: if you like, got '64,6'",
         ),
         (["--block", "64,6,64", "--capability", "7.0"], "compute capability 7.0 is not supported, use one of 8.0"),
         (["--block", "64,6,64", "--tile", "8,16"], "'8,16' does not have the fields of ConvFirstTile"),
         (["--block", "64,6,64", "--hopper-tile", "8"], "'8' does not have the fields of HopperTile, 7"),
         (["--block", "64,6,64", "--ffn-tile", "8"], "'8' does not have the fields of FfnTile, 6"),
+        (["--block", "64,6,64", "--mbconv-down-tile", "8"], "'8' does not have the fields of MBConvDownTile, 16"),
         (["--block", "64,6,64", "--mbconv-tile", "8"], "'8' does not have the fields of MBConvTile, 13"),
         (
             ["--block", "mbconv:64,4,8", "--mbconv-hopper-tile", "1,4,32"],
             "'1,4,32' does not have the fields of MBConvHopperTile, 4",
         ),
-        (["--block", "resnet:64,6,64"], "a block is CHANNELS,EXPANSION,SIZE, after convfirst: or mbconv: if you like"),
+        (["--block", "resnet:64,6,64"], "a block is CHANNELS,EXPANSION,SIZE, after convfirst: or convfirst-down: or"),
+        (["--block", "64,6,64", "--convfirst-down-tile", "8"], "'8' does not have the fields of ConvFirstDownTile, 4"),
         (
             ["--block", "64,6,64", "--hopper-tile", "64,64,2,2,1,64,0", "--capability", "8.0"],
             "HopperTile is for compute capability 9.0 only, leave --capability out",

@@ -167,7 +167,7 @@ def test_a_progress_bar_is_drawn_on_standard_error(made_up, capsys):
 
 def test_a_block_without_a_kernel_is_refused(made_up):
     with pytest.raises(PlanError, match="no fused kernel runs"):
-        tune.tune_block(blocks.mbconv(4, 16, 16, 64, 4, stride=2), H200, progress=False)
+        tune.tune_block(blocks.conv(4, 16, 16, 64), H200, progress=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

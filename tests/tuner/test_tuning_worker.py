@@ -7,12 +7,14 @@ import torch
 
 from fusion import reference
 from fusion.ffn_weights import PackedFfn, unpack_ffn
+from fusion.planner.convfirst_down_tile import ConvFirstDownTile
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import COMPUTE_CAPABILITY, HopperTile
-from fusion.planner.match import ConvFirstShape, FfnShape, MBConvShape
+from fusion.planner.match import ConvFirstDownShape, ConvFirstShape, FfnShape, MBConvDownShape, MBConvShape
+from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.tile import ConvFirstTile
-from fusion.triton_kernels import convfirst, convfirst_hopper, ffn_hopper, mbconv
+from fusion.triton_kernels import convfirst, convfirst_down, convfirst_hopper, ffn_hopper, mbconv, mbconv_down
 from fusion.tuner import worker
 from fusion.weights import unpack_hopper
 
@@ -80,6 +82,16 @@ def test_a_tile_of_the_ffn_kernel_is_packed_checked_and_timed(out_channels, monk
     assert worker.answer(*arguments, compile_only=False, device=DEVICE)["failed"].startswith("wrong result: error")
 
 
+@pytest.mark.parametrize("out_channels, activation", [(24, "relu"), (40, "silu")])
+def test_a_tile_of_the_stride_2_kernel_is_packed_checked_and_timed(out_channels, activation, monkeypatch):
+    block = ConvFirstDownShape(2, 5, 6, 24, 72, out_channels, 8, activation, "float16")
+    arguments = asdict(block), "convfirst_down", ConvFirstDownTile(32, 32, 32, 2).to_ints()
+    assert worker.answer(*arguments, compile_only=False, device=DEVICE)["us"] > 0
+    assert worker.answer(*arguments, compile_only=True, device=DEVICE) == {}
+    monkeypatch.setattr(convfirst_down, "launch", lambda *arguments, **_: arguments[-1].zero_())
+    assert worker.answer(*arguments, compile_only=False, device=DEVICE)["failed"].startswith("wrong result: error")
+
+
 MBCONV_TILE = MBConvTile(2, 8, 8, 64, 32, 32, 4, 3, 64, 32, 128, 4, 3)
 
 
@@ -93,6 +105,19 @@ def answer_mbconv(**changes):
 @pytest.mark.parametrize("changes", [{}, {"out_channels": 40, "residual": False, "activation": "relu"}])
 def test_a_tile_of_the_mbconv_kernels_is_packed_checked_and_timed(changes):
     assert answer_mbconv(**changes)["us"] > 0
+
+
+MBCONV_DOWN_TILE = MBConvDownTile(2, 3, 4, 4, 32, 32, 16, 32, 4, 3, 16, 32, 32, 64, 4, 3)
+
+
+@pytest.mark.parametrize("out_channels, activation", [(24, "silu"), (40, "relu")])
+def test_a_tile_of_the_stride_2_mbconv_kernels_is_packed_checked_and_timed(out_channels, activation, monkeypatch):
+    block = MBConvDownShape(2, 5, 6, 24, 72, out_channels, 6, 8, activation, "float16")
+    arguments = asdict(block), "mbconv_down", MBCONV_DOWN_TILE.to_ints()
+    assert worker.answer(*arguments, compile_only=False, device=DEVICE)["us"] > 0
+    assert worker.answer(*arguments, compile_only=True, device=DEVICE) == {}
+    monkeypatch.setattr(mbconv_down, "launch", lambda *arguments, **_: arguments[-1].zero_())
+    assert worker.answer(*arguments, compile_only=False, device=DEVICE)["failed"].startswith("wrong result: error")
 
 
 @pytest.mark.parametrize("difference, is_right", [(1e-6, True), (0.01, False)])

@@ -1,0 +1,167 @@
+"""The MBConv block of stride 2 on Hopper GPUs as a PyTorch operator, for inference only."""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fusion import reference
+from fusion.mbconv_hopper_weights import PackedMBConvHopper, packed_sizes, unpack_mbconv_hopper
+from fusion.op_checks import (
+    aligned,
+    any_of,
+    check_gpu,
+    check_input,
+    check_weights,
+    empty_output,
+    gradient_refusal,
+    refuse_malformed,
+    tile_from_ints,
+    weight_dtype,
+)
+from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile, why_malformed, why_not_covering
+from fusion.planner.mbconv_hopper_tile import GROUP_WIDTH, MAX_IMAGES
+
+NAME = "fusion::mbconv_down_hopper"
+INSTEAD = "pack the weights for an MBConvDownTile and call fusion::mbconv_down"
+"""What to do on other GPUs than Hopper's, and with other sizes."""
+FP32_NAMES = ("conv_bias", "squeeze_bias", "excite_bias", "project_bias")
+
+
+@custom_op(NAME, mutates_args=())
+def mbconv_down_hopper(
+    x: Tensor,
+    expand: Tensor,
+    taps: Tensor,
+    conv_bias: Tensor,
+    squeeze: Tensor,
+    squeeze_bias: Tensor,
+    excite: Tensor,
+    excite_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
+    activation: str,
+    tile: list[int],
+) -> Tensor:
+    """MBConv block of stride 2 (section 5.4) of images of up to 32x32 pixels and groups of 8 channels as one kernel for
+    Hopper GPUs.
+
+    `[N, C, H, W] -> [N, K, H / 2, W / 2]`, channels_last, for even H and W. It computes what `fusion::mbconv_down`
+    does, with tanh approximated and hidden channels rounded to the dtype of `x` after the expansion and after the
+    blur-pool. Equal inputs give equal bits: a program sums the squeeze vector of its image in order.
+
+    Args:
+        x: fp16 or bf16 activations. Any other memory format than channels_last, or an address that is no multiple of
+            16 bytes, costs a copy. On a CPU any floating dtype will do: there the operator computes the reference.
+        expand, ..., project_bias: `fusion.mbconv_hopper_weights.PackedMBConvHopper` of one block, packed for `tile`.
+            The kernel reads them before the kernel ahead of it in the stream has finished: that one must not be what
+            writes them.
+        hidden_channels, out_channels, squeeze_channels: sizes without their padding.
+        tile: `MBConvDownHopperTile.to_ints()`.
+
+    Raises:
+        RuntimeError: the GPU is not of compute capability 9.0, a gradient would be needed, or the tensors are on
+            several devices.
+        TypeError: a dtype is not supported.
+        ValueError: shapes, activation and tile do not fit together.
+    """
+    packed = PackedMBConvHopper(
+        expand, taps, conv_bias, squeeze, squeeze_bias, excite, excite_bias, project, project_bias
+    )
+    sizes = hidden_channels, out_channels, squeeze_channels
+    config = _check(x, packed, *sizes, activation, tile)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.device.type == "cpu":
+        (folded,) = unpack_mbconv_hopper(packed, config, x.shape[1], *sizes)
+        out = reference.mbconv_down(x, *vars(folded).values(), activation)
+        return out.contiguous(memory_format=torch.channels_last)
+    check_gpu(NAME, x.device, INSTEAD)
+    for weight in packed.tensors():
+        x = aligned(NAME, x, weight)
+
+    from fusion.triton_kernels.mbconv_down_hopper import launch
+
+    out = empty_output(x, out_channels, stride=2)
+    if x.numel():
+        with torch.cuda.device(x.device):
+            launch(
+                x,
+                *packed.tensors(),
+                out,
+                hidden_channels=hidden_channels,
+                squeeze_channels=squeeze_channels,
+                activation=activation,
+                tile=config,
+            )
+    return out
+
+
+@mbconv_down_hopper.register_fake
+def _(
+    x: Tensor,
+    expand: Tensor,
+    taps: Tensor,
+    conv_bias: Tensor,
+    squeeze: Tensor,
+    squeeze_bias: Tensor,
+    excite: Tensor,
+    excite_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
+    activation: str,
+    tile: list[int],
+) -> Tensor:
+    packed = PackedMBConvHopper(
+        expand, taps, conv_bias, squeeze, squeeze_bias, excite, excite_bias, project, project_bias
+    )
+    _check(x, packed, hidden_channels, out_channels, squeeze_channels, activation, tile)
+    return empty_output(x, out_channels, stride=2)
+
+
+mbconv_down_hopper.register_autograd(lambda ctx, grad: None, setup_context=gradient_refusal(NAME))
+
+
+def _check(
+    x: Tensor,
+    packed: PackedMBConvHopper,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
+    activation: str,
+    tile: list[int],
+) -> MBConvDownHopperTile:
+    config = tile_from_ints(NAME, MBConvDownHopperTile, tile)
+    check_input(NAME, x, out_channels)
+    batch, in_channels, height, width = x.shape
+    if min(hidden_channels, squeeze_channels) < 1 or hidden_channels % GROUP_WIDTH:
+        raise ValueError(
+            f"{NAME}: {hidden_channels} hidden and {squeeze_channels} squeeze channels do not go together with groups "
+            f"of {GROUP_WIDTH}; both are positive, and hidden channels a multiple of the group width"
+        )
+    refuse_malformed(NAME, config, why_malformed(config))
+    uncovered = why_not_covering(height, width)
+    if uncovered:
+        raise ValueError(f"{NAME}: {uncovered}; {INSTEAD}")
+    if batch > MAX_IMAGES:
+        raise ValueError(f"{NAME}: {batch} images are too many for a launch, split the batch")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"{NAME}: activation {activation!r} is not supported, use {any_of(reference.ACTIVATIONS)}")
+    shapes = packed_sizes(config, in_channels, hidden_channels, out_channels, squeeze_channels)
+    check_weights(
+        NAME,
+        x,
+        hidden_channels,
+        out_channels,
+        config,
+        "fusion.mbconv_hopper_weights.pack_mbconv_hopper",
+        (
+            (name, tensor, shapes[name], torch.float32 if name in FP32_NAMES else weight_dtype(x))
+            for name, tensor in vars(packed).items()
+        ),
+    )
+    return config

@@ -51,9 +51,8 @@ def launch(config: BlockConfig, batch: int, tile: Tile) -> None:
     x = torch.randn(batch, config.channels, config.hw, config.hw, device="cuda", dtype=torch.float16)
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
-    sizes = {"hidden_channels": twin.weights.hidden_channels, "activation": twin.activation, "residual": twin.residual}
     for _ in range(LAUNCHES):
-        kernels.launch(x, packed, out, tile, **sizes)
+        kernels.launch(x, packed, out, tile, twin.weights, activation=twin.activation, residual=twin.residual)
     torch.cuda.synchronize()
 
 

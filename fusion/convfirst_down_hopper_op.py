@@ -16,8 +16,7 @@ from fusion.op_checks import (
     tile_from_ints,
     weight_dtype,
 )
-from fusion.planner.convfirst_down_hopper_tile import ConvFirstDownHopperTile, weight_sizes
-from fusion.planner.hopper_tile import why_malformed
+from fusion.planner.convfirst_down_hopper_tile import ConvFirstDownHopperTile, weight_sizes, why_malformed
 
 NAME = "fusion::convfirst_down_hopper"
 INSTEAD = "pack the weights for a ConvFirstDownTile and call fusion::convfirst_down, for any GPU"

@@ -5,7 +5,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from fusion.planner.convfirst_down_hopper_tile import COLUMN_TAPS, INPUT_TAPS, ConvFirstDownHopperTile, weight_sizes
+from fusion.planner.convfirst_down_hopper_tile import COLUMN_TAPS, ConvFirstDownHopperTile, weight_sizes
 from fusion.planner.hopper_tile import GROUP_WIDTH, PIECE
 from fusion.weights import ConvFirstWeights, PackedHopper, conv_of_taps, conv_taps, pack_rows, padded, unpack_chunks
 
@@ -16,7 +16,8 @@ def pack_convfirst_down_hopper(
     """Round once to `dtype` and lay out as `PackedHopper`, zero wherever slabs and hidden steps are padded.
 
     The taps are those of the convolution with the blur-pool down the rows folded into it, for every piece of two groups
-    `[3 columns, 11 matrices, 16 out, 16 in]`, and at the end `[4, 16, 16]`, multiples of the identity.
+    `[3 columns, 11 matrices, 16 out, 16 in]`, and at the end `[4, 16, 16]`, multiples of the identity, if products
+    blur the input.
 
     Raises ValueError for groups that are not 8 channels wide and for a block of stride 1.
     """
@@ -28,7 +29,7 @@ def pack_convfirst_down_hopper(
     channels, padded_channels = weights.in_channels, PIECE * ceil(weights.in_channels / PIECE)
     of_input, of_conv = weights.expand.T.split(channels)
     expand = torch.cat([padded(part, padded_channels, weights.hidden_channels) for part in (of_input, of_conv)])
-    taps = torch.cat([_column_taps(weights.conv).flatten(), _input_taps(weights.conv).flatten()])
+    taps = torch.cat([_column_taps(weights.conv).flatten(), _input_taps(weights.conv)[: tile.input_taps].flatten()])
     return pack_rows(taps, expand, weights, tile, dtype, device)
 
 
@@ -37,7 +38,7 @@ def unpack_convfirst_down_hopper(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`conv` `[C, 8, 3, 3]`, `expand` `[hidden, 2 C]`, `expand_bias` `[hidden]`, `project` `[K, hidden]`, back."""
     taps, chunks, bias, _ = packed.split(weight_sizes(tile, in_channels, hidden_channels, out_channels))
-    taps = taps[: -INPUT_TAPS * PIECE * PIECE].reshape(-1, 3, COLUMN_TAPS, PIECE, PIECE)
+    taps = taps[: len(taps) - tile.input_taps * PIECE * PIECE].reshape(-1, 3, COLUMN_TAPS, PIECE, PIECE)
     v4, _, v0, _, v1 = taps[:, :, :5].unbind(2)
     # Rows as `conv_taps` has them, the last first.
     conv = conv_of_taps(torch.stack([4 * v4, 4 * v1 - 8 * v0, 4 * v0], dim=2))[:in_channels]

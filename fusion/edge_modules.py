@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fusion import edge_ops, reference
+from fusion import reference
 from fusion.edge_weights import HeadWeights, StemWeights
 from fusion.modules import FusedBlock, Tuner, finish_packing, kernel_dtype
 from fusion.planner.blocks import conv as conv_graph
@@ -50,9 +50,6 @@ class FusedStem(FusedEdge):
     def _graph(self, *sizes: int, **options) -> BlockGraph:
         return conv_graph(*sizes, kernel_size=KERNEL_SIZE, stride=STRIDE, **options)
 
-    def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
-        return edge_ops.stem(x, *packed, self.weights.out_channels, self.activation, tile)
-
 
 class FusedHead(FusedEdge):
     """1x1 convolution, batch norm, activation and global average pool, for inference: `[N, C, H, W] -> [N, K]`.
@@ -84,6 +81,3 @@ class FusedHead(FusedEdge):
             finish_packing(x.device)
             self._unpacked[key] = rounded
         return self._unpacked[key]
-
-    def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
-        return edge_ops.head(x, *packed, self.weights.out_channels, self.activation, tile)

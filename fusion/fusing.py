@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusion.cuda_graphs import MAX_GRAPHS
 from fusion.fused_module import FusedModule, call_arguments
 from fusion.fused_sequential import FusedSequential
+from fusion.joined_stem import JoinedStem
 from fusion.launch_record import InputKind
 from fusion.modules import FusedBlock, Tuner, processor_of_device
 from fusion.op_checks import GPU_DTYPES, any_of
@@ -19,6 +20,7 @@ from fusion.planner.graph import BlockGraph
 from fusion.planner.plan import Plan, PlanError, plan_block
 from fusion.planner.processor import Processor
 from fusion.stage import MicroBatch, check_micro_batch
+from fusion.stem_convfirst_module import join_stem
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def fuse(
         args, kwargs = call_arguments(example_input)
         inputs = _block_inputs(network, twins, args, kwargs)
         _plan(twins, inputs, left_eager, tune, progress, adopt=micro_batch is None)
-    network = _replaced(network, twins, micro_batch, {})
+    network = _replaced(network, twins, micro_batch, _joined(network, twins))
     fused = FusedModule(network, left_eager=left_eager, tune=tune, cuda_graphs=cuda_graphs, max_graphs=max_graphs)
     if example_input is not None:
         fused.trace(*args, **kwargs)
@@ -269,6 +271,19 @@ def _plans(graphs: Sequence[BlockGraph], device: torch.device, tune: bool, progr
 
         return tune_blocks(graphs, processor, device=device, progress=progress)
     return [_plan_once(graph, processor) for graph in graphs]
+
+
+def _joined(network: nn.Module, twins: dict[nn.Module, Twin]) -> dict[nn.Module, nn.Module]:
+    """What stands for the stem and the block of networks that name such a pair (`JOINED`), where both have twins."""
+    joined: dict[nn.Module, nn.Module] = {}
+    for module in network.modules():
+        pair = [module.get_submodule(name) for name in getattr(type(module), "JOINED", ())]
+        if len(pair) == 2 and all(part in twins for part in pair):
+            stem, block = (twins[part].block for part in pair)
+            together = join_stem(stem, block)
+            if together is not None:
+                joined |= zip(pair, (nn.Identity(), JoinedStem(stem, block, together)), strict=True)
+    return joined
 
 
 def _replaced(

@@ -1,11 +1,13 @@
-"""Which kernel a tile runs: how its weights are packed, its operator, and its bare launch."""
+"""Which kernel a tile runs, in one table: how its weights are packed, its operator, and its bare launch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from fusion import convfirst_down_ops, mbconv_down_ops, mbconv_ops, ops
+from fusion import convfirst_down_ops, edge_ops, mbconv_down_ops, mbconv_ops, ops
 from fusion.convfirst_down_hopper_op import convfirst_down_hopper
 from fusion.convfirst_down_hopper_weights import pack_convfirst_down_hopper
 from fusion.convfirst_down_weights import PackedConvFirstDown, pack_convfirst_down
@@ -14,20 +16,29 @@ from fusion.ffn_weights import FfnWeights, PackedFfn
 from fusion.mbconv_down_hopper_op import mbconv_down_hopper
 from fusion.mbconv_hopper_weights import PackedMBConvHopper, pack_mbconv_hopper, stack_mbconv_hopper
 from fusion.mbconv_weights import MBConvWeights, PackedMBConv
-from fusion.planner.convfirst_down_hopper_tile import ConvFirstDownHopperTile
-from fusion.planner.convfirst_down_tile import ConvFirstDownTile
-from fusion.planner.families import CONVFIRST_DOWN_HOPPER, HOPPER, MBCONV_DOWN_HOPPER, MBCONV_HOPPER, Tile, family_of
-from fusion.planner.ffn_tile import FfnTile
-from fusion.planner.head_tile import HeadTile
-from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
-from fusion.planner.mbconv_down_tile import MBConvDownTile
+from fusion.planner.families import (
+    CONVFIRST_DOWN,
+    CONVFIRST_DOWN_HOPPER,
+    FFN,
+    HEAD,
+    HOPPER,
+    MBCONV,
+    MBCONV_DOWN,
+    MBCONV_DOWN_HOPPER,
+    MBCONV_HOPPER,
+    PORTABLE,
+    STEM,
+    STEM_CONVFIRST_HOPPER,
+    KernelFamily,
+    Tile,
+    family_of,
+)
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
-from fusion.planner.mbconv_tile import MBConvTile
-from fusion.planner.stem_tile import StemTile
+from fusion.stem_convfirst_op import stem_convfirst_hopper
+from fusion.stem_convfirst_weights import PackedStemConvFirst, StemConvFirstWeights
 from fusion.weights import ConvFirstWeights, PackedConvFirst, PackedHopper
 
-Weights = ConvFirstWeights | FfnWeights | MBConvWeights | StemWeights | HeadWeights
+Weights = ConvFirstWeights | FfnWeights | MBConvWeights | StemWeights | StemConvFirstWeights | HeadWeights
 Packed = (
     PackedConvFirst
     | PackedHopper
@@ -36,8 +47,147 @@ Packed = (
     | PackedMBConv
     | PackedMBConvHopper
     | PackedStem
+    | PackedStemConvFirst
     | PackedHead
 )
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How the kernel of a family runs a block.
+
+    `pack` rounds weights once and lays them out for a tile; its fields `packed_for` are all that the layout depends on.
+    `operator` takes `x`, the packed tensors, the `operator_options` by name, and the tile as integers. `launch`, in the
+    module of `fusion.triton_kernels` that has the family's name, takes `x`, the packed tensors, the output, the
+    `launch_options` and the tile. An option is "activation", "residual" or a size that the weights have. A kernel that
+    has ReLU only has no option "activation"; `other_activations` is what to do for others.
+    """
+
+    family: KernelFamily
+    pack: Callable[[Weights, Tile, torch.dtype, torch.device | str], Packed]
+    packed_for: tuple[str, ...]
+    operator: Callable[..., Tensor]
+    operator_options: tuple[str, ...]
+    launch_options: tuple[str, ...]
+    other_activations: str | None = None
+
+    def check_activation(self, activation: str) -> None:
+        """Raises ValueError for an activation that the kernel does not have, if it has ReLU only."""
+        if self.other_activations and activation != "relu":
+            raise ValueError(
+                f"the Hopper kernel has no activation {activation!r}, only 'relu'; {self.other_activations}"
+            )
+
+
+RUNNERS = {
+    runner.family.name: runner
+    for runner in (
+        Runner(
+            HOPPER,
+            pack=ConvFirstWeights.pack_hopper,
+            packed_for=("hidden", "slab"),
+            operator=ops.convfirst_hopper,
+            operator_options=("hidden_channels", "out_channels", "residual"),
+            launch_options=("hidden_channels", "residual"),
+            other_activations="use a ConvFirstTile",
+        ),
+        Runner(
+            PORTABLE,
+            pack=ConvFirstWeights.pack,
+            packed_for=("hidden", "conv_slab"),
+            operator=ops.convfirst,
+            operator_options=("hidden_channels", "out_channels", "group_width", "activation", "residual"),
+            launch_options=("activation", "residual"),
+        ),
+        Runner(
+            CONVFIRST_DOWN_HOPPER,
+            pack=pack_convfirst_down_hopper,
+            packed_for=("hidden", "slab"),
+            operator=convfirst_down_hopper,
+            operator_options=("hidden_channels", "out_channels"),
+            launch_options=("hidden_channels",),
+            other_activations="use a ConvFirstDownTile",
+        ),
+        Runner(
+            CONVFIRST_DOWN,
+            pack=pack_convfirst_down,
+            packed_for=("hidden", "conv_slab"),
+            operator=convfirst_down_ops.convfirst_down,
+            operator_options=("hidden_channels", "out_channels", "group_width", "activation"),
+            launch_options=("activation",),
+        ),
+        Runner(
+            FFN,
+            pack=FfnWeights.pack,
+            packed_for=("hidden",),
+            operator=ops.ffn_hopper,
+            operator_options=("hidden_channels", "out_channels", "residual"),
+            launch_options=("hidden_channels", "residual"),
+            other_activations="run the block layer by layer",
+        ),
+        Runner(
+            MBCONV_HOPPER,
+            pack=pack_mbconv_hopper,
+            packed_for=("step",),
+            operator=mbconv_ops.mbconv_hopper,
+            operator_options=("hidden_channels", "out_channels", "squeeze_channels", "activation", "residual"),
+            launch_options=("hidden_channels", "squeeze_channels", "activation", "residual"),
+        ),
+        Runner(
+            MBCONV,
+            pack=MBConvWeights.pack,
+            packed_for=("hidden", "project_hidden", "channels", "conv_slab", "project_out"),
+            operator=mbconv_ops.mbconv,
+            operator_options=(
+                *("hidden_channels", "out_channels", "squeeze_channels", "group_width"),
+                *("activation", "residual"),
+            ),
+            launch_options=("activation", "residual"),
+        ),
+        Runner(
+            MBCONV_DOWN_HOPPER,
+            pack=pack_mbconv_hopper,
+            packed_for=("step",),
+            operator=mbconv_down_hopper,
+            operator_options=("hidden_channels", "out_channels", "squeeze_channels", "activation"),
+            launch_options=("hidden_channels", "squeeze_channels", "activation"),
+        ),
+        Runner(
+            MBCONV_DOWN,
+            pack=MBConvWeights.pack,
+            packed_for=("hidden", "project_hidden", "channels", "conv_slab", "project_out"),
+            operator=mbconv_down_ops.mbconv_down,
+            operator_options=("hidden_channels", "out_channels", "squeeze_channels", "group_width", "activation"),
+            launch_options=("activation",),
+        ),
+        Runner(
+            STEM,
+            pack=StemWeights.pack,
+            packed_for=("group",),
+            operator=edge_ops.stem,
+            operator_options=("out_channels", "activation"),
+            launch_options=("activation",),
+        ),
+        Runner(
+            STEM_CONVFIRST_HOPPER,
+            pack=StemConvFirstWeights.pack,
+            packed_for=("hidden", "slab"),
+            operator=stem_convfirst_hopper,
+            operator_options=("stem_channels", "hidden_channels", "out_channels", "residual"),
+            launch_options=("stem_channels", "hidden_channels", "residual"),
+            other_activations="run the stem and the block one after the other",
+        ),
+        Runner(
+            HEAD,
+            pack=HeadWeights.pack,
+            packed_for=("channels",),
+            operator=edge_ops.head,
+            operator_options=("out_channels", "activation"),
+            launch_options=("activation",),
+        ),
+    )
+}
+"""By the family's name."""
 
 
 def pack(weights: Weights, tile: Tile, dtype: torch.dtype, device: torch.device | str) -> Packed:
@@ -45,15 +195,7 @@ def pack(weights: Weights, tile: Tile, dtype: torch.dtype, device: torch.device 
 
     Raises ValueError if that kernel cannot run groups of this width with this tile.
     """
-    if isinstance(tile, HopperTile):
-        return weights.pack_hopper(tile, dtype, device)
-    if isinstance(tile, ConvFirstDownHopperTile):
-        return pack_convfirst_down_hopper(weights, tile, dtype, device)
-    if isinstance(tile, ConvFirstDownTile):
-        return pack_convfirst_down(weights, tile, dtype, device)
-    if isinstance(tile, MBConvHopperTile | MBConvDownHopperTile):
-        return pack_mbconv_hopper(weights, tile, dtype, device)
-    return weights.pack(tile, dtype, device)
+    return RUNNERS[family_of(tile).name].pack(weights, tile, dtype, device)
 
 
 def pack_stage(
@@ -65,95 +207,8 @@ def pack_stage(
 
 def packing(tile: Tile) -> tuple[str | int, ...]:
     """What the layout of packed weights depends on: tiles for which it is equal share them."""
-    if isinstance(tile, HopperTile | ConvFirstDownHopperTile):
-        return family_of(tile).name, tile.hidden, tile.slab
-    if isinstance(tile, FfnTile):
-        return family_of(tile).name, tile.hidden
-    if isinstance(tile, MBConvHopperTile | MBConvDownHopperTile):
-        return family_of(tile).name, tile.step
-    if isinstance(tile, MBConvTile | MBConvDownTile):
-        sizes = tile.hidden, tile.project_hidden, tile.channels, tile.conv_slab, tile.project_out
-        return family_of(tile).name, *sizes
-    if isinstance(tile, StemTile):
-        return family_of(tile).name, tile.group
-    if isinstance(tile, HeadTile):
-        return family_of(tile).name, tile.channels
-    return family_of(tile).name, tile.hidden, tile.conv_slab
-
-
-def run_mbconv(
-    kernel: str,
-    x: Tensor,
-    packed: tuple[Tensor, ...],
-    tile: list[int],
-    *,
-    hidden_channels: int,
-    out_channels: int,
-    squeeze_channels: int,
-    group_width: int,
-    activation: str,
-    residual: bool,
-) -> Tensor:
-    """Call the operator of an MBConv kernel, as `run` does that of a ConvFirst kernel."""
-    if kernel == MBCONV_HOPPER.name:
-        sizes = hidden_channels, out_channels, squeeze_channels
-        return mbconv_ops.mbconv_hopper(x, *packed, *sizes, activation, residual, tile)
-    sizes = hidden_channels, out_channels, squeeze_channels, group_width
-    return mbconv_ops.mbconv(x, *packed, *sizes, activation, residual, tile)
-
-
-def run_mbconv_down(
-    kernel: str,
-    x: Tensor,
-    packed: tuple[Tensor, ...],
-    tile: list[int],
-    *,
-    hidden_channels: int,
-    out_channels: int,
-    squeeze_channels: int,
-    group_width: int,
-    activation: str,
-) -> Tensor:
-    """Call the operator of a stride-2 MBConv kernel, as `run_mbconv` does that of a stride-1 one."""
-    if kernel == MBCONV_DOWN_HOPPER.name:
-        sizes = hidden_channels, out_channels, squeeze_channels
-        return mbconv_down_hopper(x, *packed, *sizes, activation, tile)
-    sizes = hidden_channels, out_channels, squeeze_channels, group_width
-    return mbconv_down_ops.mbconv_down(x, *packed, *sizes, activation, tile)
-
-
-def run_ffn(
-    x: Tensor,
-    packed: tuple[Tensor, ...],
-    tile: list[int],
-    *,
-    hidden_channels: int,
-    out_channels: int,
-    activation: str,
-    residual: bool,
-) -> Tensor:
-    """Call the operator of the FFN kernel, as `run` does that of a ConvFirst kernel."""
-    _check_hopper_activation(activation, "run the block layer by layer")
-    return ops.ffn_hopper(x, *packed, hidden_channels, out_channels, residual, tile)
-
-
-def run_convfirst_down(
-    kernel: str,
-    x: Tensor,
-    packed: tuple[Tensor, ...],
-    tile: list[int],
-    *,
-    hidden_channels: int,
-    out_channels: int,
-    group_width: int,
-    activation: str,
-) -> Tensor:
-    """Call the operator of a stride-2 ConvFirst kernel, as `run` does that of a stride-1 one."""
-    if kernel == CONVFIRST_DOWN_HOPPER.name:
-        _check_hopper_activation(activation, "use a ConvFirstDownTile")
-        return convfirst_down_hopper(x, *packed, hidden_channels, out_channels, tile)
-    sizes = hidden_channels, out_channels, group_width
-    return convfirst_down_ops.convfirst_down(x, *packed, *sizes, activation, tile)
+    kernel = family_of(tile).name
+    return kernel, *(getattr(tile, name) for name in RUNNERS[kernel].packed_for)
 
 
 def run(
@@ -161,23 +216,21 @@ def run(
     x: Tensor,
     packed: tuple[Tensor, ...],
     tile: list[int],
+    weights: Weights,
     *,
-    hidden_channels: int,
-    out_channels: int,
-    group_width: int,
     activation: str,
     residual: bool,
 ) -> Tensor:
-    """Call the operator of a ConvFirst kernel on `x` `[N, C, H, W]`: `[N, K, H, W]`, channels_last.
+    """Call the operator of a kernel on `x` `[N, C, H, W]`: `[N, K, H', W']`, channels_last, or a head's `[N, K]`.
 
     `kernel` is the name of the tile's family, `packed` are `pack(...).tensors()`, and `tile` is `Tile.to_ints()`: what
-    torch.compile takes as constants. Raises what the operator raises, and ValueError for an activation that the kernel
-    does not have.
+    torch.compile takes as constants. Of `weights` only sizes are read. Raises what the operator raises, and ValueError
+    for an activation that the kernel does not have.
     """
-    if kernel != HOPPER.name:
-        return ops.convfirst(x, *packed, hidden_channels, out_channels, group_width, activation, residual, tile)
-    _check_hopper_activation(activation, "use a ConvFirstTile")
-    return ops.convfirst_hopper(x, *packed, hidden_channels, out_channels, residual, tile)
+    runner = RUNNERS[kernel]
+    runner.check_activation(activation)
+    options = _options(runner.operator_options, weights, activation, residual)
+    return runner.operator(x, *packed, **options, tile=tile)
 
 
 def launch(
@@ -185,69 +238,25 @@ def launch(
     packed: Packed,
     out: Tensor,
     tile: Tile,
+    weights: Weights,
     *,
-    hidden_channels: int,
     activation: str,
     residual: bool,
 ) -> None:
-    """Launch the kernel that `tile` belongs to on `x` `[N, C, H, W]` into `out` `[N, K, H, W]`, both channels_last.
+    """Launch the kernel that `tile` belongs to on `x` into `out`, of shapes and layouts as in `run`.
 
-    Runs on the current device and checks no shapes: for measurements, where `run` would cost time and hide what a
-    kernel leaves unwritten. Raises ValueError for an activation that the kernel does not have.
+    Of `weights` only sizes are read. Runs on the current device and checks no shapes: for measurements, where `run`
+    would cost time and hide what a kernel leaves unwritten. Raises ValueError for an activation that the kernel does
+    not have.
     """
-    if isinstance(tile, HopperTile):
-        from fusion.triton_kernels import convfirst_hopper
-
-        _check_hopper_activation(activation, "use a ConvFirstTile")
-        convfirst_hopper.launch(
-            x, *packed.tensors(), out, hidden_channels=hidden_channels, residual=residual, tile=tile
-        )
-    elif isinstance(tile, ConvFirstDownHopperTile):
-        from fusion.triton_kernels import convfirst_down_hopper as down_kernel
-
-        _check_hopper_activation(activation, "use a ConvFirstDownTile")
-        down_kernel.launch(x, *packed.tensors(), out, hidden_channels=hidden_channels, tile=tile)
-    elif isinstance(tile, ConvFirstDownTile):
-        from fusion.triton_kernels import convfirst_down
-
-        convfirst_down.launch(x, *packed.tensors(), out, activation=activation, tile=tile)
-    elif isinstance(tile, FfnTile):
-        from fusion.triton_kernels import ffn_hopper
-
-        _check_hopper_activation(activation, "run the block layer by layer")
-        ffn_hopper.launch(x, *packed.tensors(), out, hidden_channels=hidden_channels, residual=residual, tile=tile)
-    elif isinstance(tile, MBConvHopperTile):
-        from fusion.triton_kernels import mbconv_hopper
-
-        sizes = {"hidden_channels": hidden_channels, "squeeze_channels": packed.squeeze_bias.shape[1]}
-        mbconv_hopper.launch(x, *packed.tensors(), out, **sizes, activation=activation, residual=residual, tile=tile)
-    elif isinstance(tile, MBConvTile):
-        from fusion.triton_kernels import mbconv
-
-        mbconv.launch(x, *packed.tensors(), out, activation=activation, residual=residual, tile=tile)
-    elif isinstance(tile, MBConvDownTile):
-        from fusion.triton_kernels import mbconv_down
-
-        mbconv_down.launch(x, *packed.tensors(), out, activation=activation, tile=tile)
-    elif isinstance(tile, MBConvDownHopperTile):
-        from fusion.triton_kernels import mbconv_down_hopper as down_hopper
-
-        sizes = {"hidden_channels": hidden_channels, "squeeze_channels": packed.squeeze_bias.shape[1]}
-        down_hopper.launch(x, *packed.tensors(), out, **sizes, activation=activation, tile=tile)
-    elif isinstance(tile, StemTile):
-        from fusion.triton_kernels import stem
-
-        stem.launch(x, *packed.tensors(), out, activation=activation, tile=tile)
-    elif isinstance(tile, HeadTile):
-        from fusion.triton_kernels import head
-
-        head.launch(x, *packed.tensors(), out, activation=activation, tile=tile)
-    else:
-        from fusion.triton_kernels import convfirst
-
-        convfirst.launch(x, *packed.tensors(), out, activation=activation, residual=residual, tile=tile)
+    kernel = family_of(tile).name
+    runner = RUNNERS[kernel]
+    runner.check_activation(activation)
+    options = _options(runner.launch_options, weights, activation, residual)
+    # Imported here: Triton takes a while, and a CPU needs none.
+    import_module(f"fusion.triton_kernels.{kernel}").launch(x, *packed.tensors(), out, **options, tile=tile)
 
 
-def _check_hopper_activation(activation: str, instead: str) -> None:
-    if activation != "relu":
-        raise ValueError(f"the Hopper kernel has no activation {activation!r}, only 'relu'; {instead}")
+def _options(names: tuple[str, ...], weights: Weights, activation: str, residual: bool) -> dict[str, object]:
+    given = {"activation": activation, "residual": residual}
+    return {name: given[name] if name in given else getattr(weights, name) for name in names}

@@ -91,7 +91,11 @@ class FusedBlock(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: the input must be [N, {self.weights.in_channels}, H, W], got {list(x.shape)}"
             )
-        return self._run(x, *self._layout(x))
+        return self.run(x, *self._layout(x))
+
+    def run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
+        """Run the block with these packed weights, or several blocks of its sizes with theirs, where a kernel can."""
+        return kernels.run(kernel, x, packed, tile, self.weights, activation=self.activation, residual=self.residual)
 
     def extra_repr(self) -> str:
         weights = self.weights
@@ -101,9 +105,6 @@ class FusedBlock(nn.Module):
         )
 
     def _graph(self, *sizes: int, **options) -> BlockGraph:
-        raise NotImplementedError
-
-    def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
         raise NotImplementedError
 
     @torch.compiler.assume_constant_result
@@ -140,19 +141,6 @@ class FusedConvFirst(FusedBlock):
     def _graph(self, *sizes: int, **options) -> BlockGraph:
         return convfirst_graph(*sizes, group_width=self.weights.group_width, **options)
 
-    def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
-        return kernels.run(
-            kernel,
-            x,
-            packed,
-            tile,
-            hidden_channels=self.weights.hidden_channels,
-            out_channels=self.weights.out_channels,
-            group_width=self.weights.group_width,
-            activation=self.activation,
-            residual=self.residual,
-        )
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_width={self.weights.group_width}"
 
@@ -164,17 +152,6 @@ class FusedFfn(FusedBlock):
 
     def _graph(self, *sizes: int, **options) -> BlockGraph:
         return ffn_graph(*sizes, **options)
-
-    def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
-        return kernels.run_ffn(
-            x,
-            packed,
-            tile,
-            hidden_channels=self.weights.hidden_channels,
-            out_channels=self.weights.out_channels,
-            activation=self.activation,
-            residual=self.residual,
-        )
 
 
 class FusedMBConv(FusedBlock):
@@ -188,28 +165,10 @@ class FusedMBConv(FusedBlock):
         shapes = tuple(tensor.shape for tensor in vars(self.weights).values())
         return *shapes, self.activation, self.residual
 
-    def run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
-        """Run the block with these weights, or several blocks of its sizes with theirs."""
-        return self._run(x, kernel, tile, packed)
-
     def _graph(self, *sizes: int, **options) -> BlockGraph:
         weights = self.weights
         return mbconv_graph(
             *sizes, group_width=weights.group_width, squeeze_channels=weights.squeeze_channels, **options
-        )
-
-    def _run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
-        return kernels.run_mbconv(
-            kernel,
-            x,
-            packed,
-            tile,
-            hidden_channels=self.weights.hidden_channels,
-            out_channels=self.weights.out_channels,
-            squeeze_channels=self.weights.squeeze_channels,
-            group_width=self.weights.group_width,
-            activation=self.activation,
-            residual=self.residual,
         )
 
     def extra_repr(self) -> str:

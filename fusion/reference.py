@@ -157,6 +157,24 @@ def stem(x: Tensor, conv: Tensor, bias: Tensor, activation: str) -> Tensor:
     return EDGE_ACTIVATIONS[activation](y)
 
 
+def stem_convfirst(
+    x: Tensor,
+    stem_conv: Tensor,
+    stem_bias: Tensor,
+    conv: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+    activation: str,
+    residual: bool,
+) -> Tensor:
+    """Stem and ConvFirst block of `x` `[N, C, H, W]` in its dtype, `stem` and then `convfirst`, both with `activation`:
+    `[N, K, ceil(H / 2), ceil(W / 2)]`."""
+    y = stem(x, stem_conv, stem_bias, activation)
+    return convfirst(y, conv, expand, expand_bias, project, project_bias, activation, residual)
+
+
 def head(x: Tensor, conv: Tensor, bias: Tensor, activation: str) -> Tensor:
     """1x1 convolution and global average pool of `x` `[N, C, H, W]` in its dtype: `[N, K]`.
 

@@ -93,6 +93,9 @@ class ConvFirstNet(nn.Module):
             is not `[N, in_chans, H, W]` or is too small.
     """
 
+    JOINED = ("stem", "stages.0.0")
+    """A stem and the block that alone takes its output: `fusion.fuse` may run them as one kernel."""
+
     def __init__(
         self,
         config: ConvFirstNetConfig,

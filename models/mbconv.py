@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fusion.mbconv_down_module import FusedMBConvDown
+from fusion.down_modules import FusedMBConvDown
 from fusion.mbconv_weights import MBConvWeights
 from fusion.modules import FusedMBConv, Tuner
 from fusion.planner.plan import PlanError, plan_block

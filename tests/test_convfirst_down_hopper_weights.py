@@ -11,6 +11,7 @@ from fusion.planner.convfirst_down_hopper_tile import ConvFirstDownHopperTile, w
 from fusion.reference import convfirst_down
 
 TILE = ConvFirstDownHopperTile(pixels=64, hidden=32, stages=2, partitions=1, programs=1, slab=16, weight_chunks=0)
+BY_PIECE = replace(TILE, partitions=2, by_piece=1)
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def weights(random_weights):
 
 
 @pytest.mark.parametrize("channels, hidden, out_channels", [(16, 96, 32), (24, 72, 48), (8, 40, 72), (48, 64, 144)])
-@pytest.mark.parametrize("tile", [TILE, replace(TILE, hidden=64, slab=64)], ids=str)
+@pytest.mark.parametrize("tile", [TILE, replace(TILE, hidden=64, slab=64), BY_PIECE], ids=str)
 def test_unpacking_gives_back_what_was_packed(weights, channels, hidden, out_channels, tile):
     packed = pack_convfirst_down_hopper(weights(channels, hidden, out_channels), tile, torch.float64, "cpu")
     assert len(packed.weights) == sum(weight_sizes(tile, channels, hidden, out_channels))

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 import fusion
 from fusion import fused_file, fusing, kernels
 from fusion.cuda_graphs import CudaGraphs
+from fusion.down_modules import FusedConvFirstDown
 from fusion.edge_modules import FusedEdge
 from fusion.ffn_weights import FfnWeights
 from fusion.fused_sequential import FusedSequential
@@ -95,7 +96,8 @@ def blocks_of(fused):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_a_network_comes_back_with_its_plans_and_packed_weights(dtype, small_network, path, request):
     fused = fusion.fuse(small_network(), images(dtype=dtype), dtype=dtype)
-    block = blocks_of(fused)[1]
+    down = next(i for i, block in enumerate(blocks_of(fused)) if isinstance(block, FusedConvFirstDown))
+    block = blocks_of(fused)[down]
     ((device, plan),) = block.plans
     block.adopt_plan(device, replace(plan, measured_us=7.5, why="measured fastest"))
     expected = fused(images(dtype=dtype))
@@ -109,8 +111,8 @@ def test_a_network_comes_back_with_its_plans_and_packed_weights(dtype, small_net
         assert twin.layouts.keys() == block.layouts.keys()
     stages = [module for module in loaded.modules() if isinstance(module, FusedSequential)]
     assert any(part.layouts for stage in stages for part in stage.parts if isinstance(part, FusedStage))
-    assert blocks_of(loaded)[1].plans[0][1].measured_us == 7.5
-    assert loaded.explain().rows[1].measured_us == 7.5
+    assert blocks_of(loaded)[down].plans[0][1].measured_us == 7.5
+    assert 7.5 in [row.measured_us for row in loaded.explain().rows]
 
 
 def test_other_shapes_and_dtypes_are_planned_and_packed_after_loading(small_network, path):
@@ -186,7 +188,7 @@ def test_every_fused_block_can_be_written():
     """Arguments of constructors are attributes of the same name."""
     import inspect
 
-    import fusion.mbconv_down_module
+    import fusion.down_modules
 
     def subclasses(cls):
         return {cls}.union(*map(subclasses, cls.__subclasses__()))

@@ -7,7 +7,7 @@ from fusion import kernels
 from fusion.convfirst_down_weights import PackedConvFirstDown
 from fusion.mbconv_weights import PackedMBConv
 from fusion.planner.convfirst_down_tile import ConvFirstDownTile
-from fusion.planner.families import family_of
+from fusion.planner.families import FAMILIES, family_of
 from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_tile import MBConvTile
@@ -16,12 +16,21 @@ from fusion.reference import convfirst as reference
 from fusion.weights import PackedConvFirst, PackedHopper
 
 PORTABLE, HOPPER = ConvFirstTile(4, 8, 32, 32, 2), HopperTile(64, 32, 3, 1, 1, 32, 0)
-SIZES = {"hidden_channels": 40, "out_channels": 24, "group_width": 8, "residual": True}
 
 
-def run(tile, x, weights, activation="relu"):
+def run(tile, x, weights, activation="relu", residual=True):
     packed = kernels.pack(weights, tile, x.dtype, x.device).tensors()
-    return kernels.run(family_of(tile).name, x, packed, tile.to_ints(), activation=activation, **SIZES)
+    options = {"activation": activation, "residual": residual}
+    return kernels.run(family_of(tile).name, x, packed, tile.to_ints(), weights, **options)
+
+
+def test_every_family_has_a_runner():
+    assert set(kernels.RUNNERS) == {family.name for family in FAMILIES}
+    for runner in kernels.RUNNERS.values():
+        tile = runner.family.tile_type
+        assert all(name in tile.__dataclass_fields__ or hasattr(tile, name) for name in runner.packed_for), tile
+        has_activation = ["activation" in options for options in (runner.operator_options, runner.launch_options)]
+        assert has_activation == [runner.other_activations is None] * 2, tile
 
 
 @pytest.mark.parametrize("tile, packed_type", [(PORTABLE, PackedConvFirst), (HOPPER, PackedHopper)], ids=str)
@@ -57,7 +66,7 @@ def test_the_portable_kernel_is_launched(device, random_weights):
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.full_like(x, float("nan"))
     packed = kernels.pack(weights, PORTABLE, x.dtype, x.device)
-    kernels.launch(x, packed, out, PORTABLE, hidden_channels=40, activation="silu", residual=True)
+    kernels.launch(x, packed, out, PORTABLE, weights, activation="silu", residual=True)
     torch.testing.assert_close(out, run(PORTABLE, x, weights, "silu"), rtol=1e-2, atol=1e-2)
 
 
@@ -70,9 +79,8 @@ def test_the_stride_2_kernel_is_launched(device, random_weights):
     out = torch.full((2, 3, 3, 48), float("nan"), dtype=x.dtype, device=device).permute(0, 3, 1, 2)
     packed = kernels.pack(weights, DOWN, x.dtype, x.device)
     assert isinstance(packed, PackedConvFirstDown)
-    kernels.launch(x, packed, out, DOWN, hidden_channels=40, activation="silu", residual=False)
-    sizes = {"hidden_channels": 40, "out_channels": 48, "group_width": 8, "activation": "silu"}
-    expected = kernels.run_convfirst_down("convfirst_down", x, packed.tensors(), DOWN.to_ints(), **sizes)
+    kernels.launch(x, packed, out, DOWN, weights, activation="silu", residual=False)
+    expected = run(DOWN, x, weights, "silu", residual=False)
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
 
 
@@ -97,11 +105,8 @@ def test_the_mbconv_kernels_are_launched(device, random_mbconv_weights):
     out = torch.full_like(x, float("nan"))
     packed = kernels.pack(weights, MBCONV, x.dtype, x.device)
     assert isinstance(packed, PackedMBConv)
-    kernels.launch(x, packed, out, MBCONV, hidden_channels=64, activation="relu", residual=True)
-    sizes = {"hidden_channels": 64, "out_channels": 24, "squeeze_channels": 6, "group_width": 8}
-    options = {"activation": "relu", "residual": True, **sizes}
-    expected = kernels.run_mbconv("mbconv", x, packed.tensors(), MBCONV.to_ints(), **options)
-    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    kernels.launch(x, packed, out, MBCONV, weights, activation="relu", residual=True)
+    torch.testing.assert_close(out, run(MBCONV, x, weights), rtol=1e-2, atol=1e-2)
 
 
 def test_mbconv_tiles_of_equal_packing_share_weights(random_mbconv_weights):
@@ -126,11 +131,8 @@ def test_the_stride_2_mbconv_kernels_are_launched(device, random_mbconv_weights)
     out = torch.full((2, 3, 4, 48), float("nan"), dtype=x.dtype, device=device).permute(0, 3, 1, 2)
     packed = kernels.pack(weights, MBCONV_DOWN, x.dtype, x.device)
     assert isinstance(packed, PackedMBConv)
-    kernels.launch(x, packed, out, MBCONV_DOWN, hidden_channels=64, activation="relu", residual=False)
-    sizes = {"hidden_channels": 64, "out_channels": 48, "squeeze_channels": 6, "group_width": 8}
-    options = {"activation": "relu", **sizes}
-    expected = kernels.run_mbconv_down("mbconv_down", x, packed.tensors(), MBCONV_DOWN.to_ints(), **options)
-    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    kernels.launch(x, packed, out, MBCONV_DOWN, weights, activation="relu", residual=False)
+    torch.testing.assert_close(out, run(MBCONV_DOWN, x, weights, residual=False), rtol=1e-2, atol=1e-2)
 
 
 def test_stride_2_mbconv_tiles_of_equal_packing_share_weights(random_mbconv_weights):
@@ -154,4 +156,4 @@ def test_activations_that_a_kernel_lacks_are_refused(random_weights):
         run(HOPPER, x, weights, "silu")
     packed = kernels.pack(weights, HOPPER, x.dtype, x.device)
     with pytest.raises(ValueError, match=message):
-        kernels.launch(x, packed, x.clone(), HOPPER, hidden_channels=40, activation="silu", residual=True)
+        kernels.launch(x, packed, x.clone(), HOPPER, weights, activation="silu", residual=True)

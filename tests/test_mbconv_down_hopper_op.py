@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fusion import kernels
+from fusion.down_modules import FusedMBConvDown
 from fusion.mbconv_down_hopper_op import mbconv_down_hopper
-from fusion.mbconv_down_module import FusedMBConvDown
 from fusion.mbconv_hopper_weights import PackedMBConvHopper, pack_mbconv_hopper, unpack_mbconv_hopper
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
 from fusion.planner.mbconv_hopper_tile import MAX_IMAGES, MBConvHopperTile
@@ -174,14 +174,14 @@ def test_errors(change, error, message, arguments):
         mbconv_down_hopper(**{**kwargs, **change(kwargs)})
 
 
-def test_the_kernel_is_called_by_its_name(arguments):
+def test_the_kernel_is_called_by_its_name(arguments, random_mbconv_weights):
     if HAS_GPU and not IS_HOPPER:
         pytest.skip("this GPU is not of compute capability 9.0")
     kwargs = arguments()
     expected = mbconv_down_hopper(**kwargs)
-    packed = tuple(kwargs.pop(name) for name in PackedMBConvHopper.__dataclass_fields__)
-    x, tile = kwargs.pop("x"), kwargs.pop("tile")
-    out = kernels.run_mbconv_down("mbconv_down_hopper", x, packed, tile, group_width=8, **kwargs)
+    packed = tuple(kwargs[name] for name in PackedMBConvHopper.__dataclass_fields__)
+    options = {"weights": random_mbconv_weights(24, 72, squeeze=3), "activation": "silu", "residual": False}
+    out = kernels.run("mbconv_down_hopper", kwargs["x"], packed, kwargs["tile"], **options)
     assert torch.equal(out, expected)
     assert kernels.packing(TILE) == ("mbconv_down_hopper", 32)
 

@@ -262,14 +262,14 @@ def test_a_tile_of_no_bands_is_refused(arguments):
         mbconv_ops.mbconv_hopper(**arguments(tile=[0, 4, 32, 3]))
 
 
-def test_the_kernel_is_called_by_its_name(arguments, device):
+def test_the_kernel_is_called_by_its_name(arguments, two_blocks):
     if HAS_GPU and not IS_HOPPER:
         pytest.skip("this GPU is not of compute capability 9.0")
     kwargs = arguments()
     expected = mbconv_ops.mbconv_hopper(**kwargs)
-    packed = tuple(kwargs.pop(name) for name in NAMES)
-    x, tile = kwargs.pop("x"), kwargs.pop("tile")
-    assert torch.equal(kernels.run_mbconv("mbconv_hopper", x, packed, tile, group_width=8, **kwargs), expected)
+    packed = tuple(kwargs[name] for name in NAMES)
+    options = {"weights": two_blocks(24)[0], "activation": "silu", "residual": True}
+    assert torch.equal(kernels.run("mbconv_hopper", kwargs["x"], packed, kwargs["tile"], **options), expected)
 
 
 @needs_hopper

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from fusion import mbconv_ops
+from fusion import kernels
 from fusion.planner.micro_batch import micro_batch_images
 from fusion.planner.plan import plan_block
 from fusion.planner.processor import get_processor
@@ -91,8 +93,13 @@ def test_prints_its_micro_batch(blocks):
 @pytest.fixture
 def launches(monkeypatch):
     """Blocks of each call of the Hopper operator."""
-    counts, op = [], mbconv_ops.mbconv_hopper
-    monkeypatch.setattr(mbconv_ops, "mbconv_hopper", lambda x, *rest: (counts.append(len(rest[0])), op(x, *rest))[1])
+    counts, runner = [], kernels.RUNNERS["mbconv_hopper"]
+
+    def counted(x, expand, *packed, **options):
+        counts.append(len(expand))
+        return runner.operator(x, expand, *packed, **options)
+
+    monkeypatch.setitem(kernels.RUNNERS, "mbconv_hopper", replace(runner, operator=counted))
     return counts
 
 

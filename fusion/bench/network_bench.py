@@ -17,6 +17,8 @@ from fusion.bench.network_build import build_network, count_ops, fuse_network, n
 from fusion.bench.network_case import NetworkCase
 from fusion.bench.network_check import AGREEMENT_IMAGES, CHECKED_IMAGES, compare_logits
 from fusion.bench.network_limit import network_parts, runs_of_equal_parts
+from fusion.joined_stem import JoinedStem
+from fusion.launch_record import InputKind
 from fusion.modules import FusedBlock
 from fusion.stage import FusedStage
 from fusion.timing import queued_us
@@ -164,8 +166,14 @@ def time_blocks(fused: nn.Module, case: NetworkCase, device: str = "cuda") -> li
     Equal parts that follow each other are timed as a stage, several times in a CUDA graph, on random inputs; the time
     of one is the stage's divided by their number. Raises RuntimeError if the network has other parts than are expected.
     """
-    runs = runs_of_equal_parts(network_parts(CONFIGS[case.model], case.batch, case.size, case.dtype))
     units = network_units(fused)
+    is_joined = isinstance(units[0], JoinedStem)
+    if is_joined:
+        stem = units[0]
+        images = InputKind((case.batch, 3, case.size, case.size), getattr(torch, case.dtype), torch.device(device))
+        is_joined = stem.runs_together(images)
+        units[:1] = [stem.together] if is_joined else [stem.stem, stem.block]
+    runs = runs_of_equal_parts(network_parts(CONFIGS[case.model], case.batch, case.size, case.dtype, joined=is_joined))
     expected = sum(map(len, runs))
     if len(units) != expected:
         raise RuntimeError(f"{case.model} has {len(units)} parts where {expected} were expected; leave out --by-block")

@@ -7,14 +7,15 @@ from fusion.bench.calibrate import calibrate_batch_norm, centre_logits, image_ba
 from fusion.bench.network_case import NetworkCase
 from fusion.fused_module import FusedModule
 from fusion.fusing import fuse
+from fusion.joined_stem import JoinedStem
 from fusion.modules import FusedBlock
 from models import ConvBnAct, ConvFirst, MBConv, create_model
 
 CALIBRATION_BATCHES = 4
 CALIBRATION_SEED = 1_000_000
 """Seeds from here on make calibration images; those from 0 on are for inputs."""
-UNITS = (FusedBlock, ConvBnAct, ConvFirst, MBConv, nn.Linear)
-"""Modules that are parts of a ConvFirstNet, as `fusion.bench.network_limit` counts them."""
+UNITS = (FusedBlock, JoinedStem, ConvBnAct, ConvFirst, MBConv, nn.Linear)
+"""Modules that are parts of a ConvFirstNet, as `fusion.bench.network_limit` counts them, or two of them."""
 
 
 def build_network(case: NetworkCase, device: str | torch.device, calibration_images: int = 32) -> nn.Module:

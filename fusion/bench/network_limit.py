@@ -55,9 +55,16 @@ class Part:
 
 
 def network_parts(
-    config: ConvFirstNetConfig, batch: int, size: int, dtype: str = "float16", num_classes: int = 1000
+    config: ConvFirstNetConfig,
+    batch: int,
+    size: int,
+    dtype: str = "float16",
+    num_classes: int = 1000,
+    joined: bool = False,
 ) -> list[Part]:
     """The parts of a ConvFirstNet in execution order, for `batch` images of `size` x `size` pixels in colour.
+
+    If `joined`, the stem and the first block are one part.
 
     Raises ValueError for a batch or size that is not positive, or a dtype that the planner does not know.
     """
@@ -86,6 +93,19 @@ def network_parts(
             )
             parts.append(Part(f"stages.{stage}.{position}", kind, stride, graph))
             x = graph.outputs[0]
+    if joined:
+        graph = blocks.stem_convfirst(
+            batch,
+            size,
+            size,
+            3,
+            config.stem_channels,
+            config.expansions[0],
+            out_channels=config.stage_channels[0],
+            group_width=config.group_width,
+            dtype=dtype,
+        )
+        parts[:2] = [Part("stem, stages.0.0", "stem+convfirst", 2, graph)]
     head = blocks.head(batch, x["H"], x["W"], x["C"], config.head_channels, dtype=dtype)
     return [*parts, Part("head", "head", 1, head), Part("classifier", "classifier", 1, _classifier(head, num_classes))]
 

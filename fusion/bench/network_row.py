@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from fusion.bench.network_case import NetworkCase
-from fusion.bench.network_limit import Part, network_limit_ms, network_ops, runs_of_equal_parts
+from fusion.bench.network_limit import Part, network_limit_ms, network_ops, network_parts, runs_of_equal_parts
 from fusion.bench.paper_networks import (
     PAPER_BATCH,
     PAPER_BLOCK_EFFICIENCY,
@@ -12,7 +12,9 @@ from fusion.bench.paper_networks import (
     PAPER_SIZE,
     projected_ms,
 )
+from fusion.planner.families import STEM_CONVFIRST_HOPPER
 from fusion.planner.processor import Processor
+from models.convfirstnet import CONFIGS
 
 Row = dict[str, object]
 
@@ -81,11 +83,16 @@ def block_rows(
     what that comes to at this processor's peak.
     """
     runs = runs_of_equal_parts(parts)
+    paper_runs = {run[0].graph: index for index, run in enumerate(runs)}
+    if found[0]["kernel"] == STEM_CONVFIRST_HOPPER.name:
+        joined = network_parts(CONFIGS[case.model], case.batch, case.size, case.dtype, joined=True)
+        runs = runs_of_equal_parts(joined)
     is_papers_case = (case.batch, case.size, case.dtype) == (PAPER_BATCH, PAPER_SIZE, PAPER_DTYPE)
     paper = PAPER_BLOCK_EFFICIENCY[case.model] if is_papers_case else ()
     rows = []
-    for index, (run, timed) in enumerate(zip(runs, found, strict=True)):
+    for run, timed in zip(runs, found, strict=True):
         part, us = run[0], timed["us"]
+        index = paper_runs.get(part.graph, len(paper))
         limit_us = 1e6 * part.bound(processor).min_latency
         pct = paper[index] if index < len(paper) else None
         rows.append(

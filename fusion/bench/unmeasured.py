@@ -70,7 +70,7 @@ def _interpret(block: torch.nn.Module, plan: Plan, x: Tensor) -> Tensor:
         packed,
         out,
         plan.tile,
-        hidden_channels=fused.weights.hidden_channels,
+        fused.weights,
         activation=fused.activation,
         residual=fused.residual,
     )

@@ -134,6 +134,36 @@ def conv(
     return _finish("conv", x, ops, False, dtype, stride)
 
 
+def stem_convfirst(
+    n: int,
+    h: int,
+    w: int,
+    channels: int,
+    stem_channels: int,
+    expansion: int | None = None,
+    hidden_channels: int | None = None,
+    out_channels: int | None = None,
+    group_width: int = 8,
+    activation: str = "relu",
+    residual: bool | None = None,
+    dtype: str = "float16",
+) -> BlockGraph:
+    """A network's stem and the stride-1 ConvFirst block after it: a dense 3x3 convolution of stride 2 to
+    ``stem_channels``, the activation, and `convfirst` of what they give.
+
+    ``expansion`` is the ratio of hidden to stem channels, ``out_channels`` default to the latter.
+    """
+    _positive(n=n, h=h, w=w, channels=channels, stem_channels=stem_channels)
+    hidden = _hidden_channels(stem_channels, expansion, hidden_channels)
+    x = _input(n, h, w, channels)
+    stem = _conv("stem", x, stem_channels, kernel_size=3, stride=2)
+    activate = _activation("stem_activation", stem.output, activation)
+    conv = _conv("conv", activate.output, stem_channels, 3, group_width)
+    ffn = _ffn_ops(conv.output, hidden, _default_channels(out_channels, stem_channels), activation)
+    block = _finish("convfirst", activate.output, [conv, *ffn], residual, dtype, stride=1)
+    return BlockGraph("stem_convfirst", (stem, activate, *block.ops), (x,), block.outputs, dtype)
+
+
 def head(
     n: int,
     h: int,

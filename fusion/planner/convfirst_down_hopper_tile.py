@@ -11,6 +11,7 @@ from itertools import product
 from math import ceil
 from typing import ClassVar
 
+from fusion.planner import hopper_tile
 from fusion.planner import tile as portable
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.hopper_tile import (
@@ -35,7 +36,6 @@ from fusion.planner.hopper_tile import (
     RowsTile,
     aligned_bytes,
     available_registers,
-    why_malformed,
 )
 from fusion.planner.match import ConvFirstDownShape
 from fusion.planner.processor import Processor, kilobytes
@@ -45,17 +45,28 @@ COLUMN_TAPS = 11
 """Matrices of a column of taps of a piece: five rows, and six that serve the top edge, where rows are reflected."""
 INPUT_TAPS = 4
 """Matrices of the blur of the input, the same for all pieces."""
+INPUT_ROWS = 7
+"""Input rows of two output rows."""
+ROW_ATOMS = 17
+"""Atoms of 8 pixels of an input row of a piece: 64 even columns, zeros, and 64 odd columns."""
 PAIR_ROWS = 8
 """Row buffers of a pair of the ring: even and odd columns of the four input rows of two output rows."""
 STAGES = (3, 2, 4)
 """Of a ring; of equal predictions the planner takes the first."""
 PROGRAMS = (3, 2, 1)
 """On a processor."""
+BY_PIECE = (0, 1)
 CHUNKS = (3, 4, 2)
 """Of streamed weights."""
 
+LOADER_BYTES = 512
+"""Shared memory that the compiler takes for what it passes to the second partition and to loaders, and their barriers
+of chunks, at most."""
+
 PIECE_CYCLES = 2 * (12 * 20.6 + 9 * 24.3) + 18 * 20.6
 """Products of a piece for 64 pixels of two rows, 16 and 32 columns wide, of the convolution and of the input's blur."""
+BY_PIECE_CYCLES = 2 * (12 * 20.6 + 9 * 24.3) + 10 * 16 + 4 * 32
+"""The same where threads blur the input: they load ten row buffers, and exchange four rows with their neighbours."""
 LEAST_PRODUCT_CYCLES = 13.5
 """Of a product of 64 rows and a depth of 16 whose left operand is in registers."""
 COLUMN_CYCLES = 0.5
@@ -63,21 +74,41 @@ COLUMN_CYCLES = 0.5
 OPS_PER_CYCLE = 4096
 """Of a processor's tensor cores, 16-bit. So the peak tells the clock."""
 
-# Fitted by eye to ten measurements on an H200 at batch 128.
+# Fitted to the measurements of an H100 at batch 128 in NOTES.md: 4 % rms for rings, 9 % by piece.
 LAUNCH_US = 4.0
-BLOCK_US = 0.5
-"""Of a block of 64 pixels of two rows: what nothing hides of its beginning and end."""
-PIECE_US = 0.6
+RING_SHARE = 1.15
+"""Time of a ring's blocks of 64 pixels of two rows over that of their products."""
+RING_BLOCK_US = 0.5
+"""What nothing hides of a block's beginning and end."""
+RING_PIECE_US = 0.6
 """The same for each piece of the convolution."""
-STREAMED_STEP_US = 0.1
+RING_STEP_US = 0.1
 """The same for each step over the hidden channels whose weights are streamed."""
+BY_PIECE_SHARE = 1.23
+"""The first of these times where the input comes by piece."""
+BY_PIECE_STEP_US = 0.23
+"""The last of these times where the input comes by piece."""
+PART_PIECE_US = 0.43
+"""Of each piece if the last one is half empty: its pixels straddle sectors."""
 
 
 @dataclass(frozen=True)
 class ConvFirstDownHopperTile(RowsTile):
-    """One way to run the Hopper kernel of stride-2 ConvFirst blocks; widths and pixels are those of the output."""
+    """One way to run the Hopper kernel of stride-2 ConvFirst blocks; widths and pixels are those of the output.
+
+    With `by_piece` 1 a partition has no ring of whole rows, but `stages` buffers of 16 channels of the input rows of
+    two output rows.
+    """
+
+    by_piece: int = 0
 
     STREAMING_PARTITIONS: ClassVar[tuple[int, ...]] = (1, 2)
+    SWITCHES: ClassVar[tuple[str, ...]] = ("weight_chunks", "by_piece")
+
+    @property
+    def input_taps(self) -> int:
+        """Matrices of the blur of the input, where products make it."""
+        return 0 if self.by_piece else INPUT_TAPS
 
     def in_slabs(self, in_channels: int) -> tuple[int, ...]:
         """Slabs that the expansion contracts: the input's channels and then the convolution's, each in whole pieces."""
@@ -93,6 +124,17 @@ def why_unsupported(shape: ConvFirstDownShape) -> str | None:
     if shape.height % 2 or shape.width % 2:
         return f"images of {shape.height}x{shape.width} pixels are not supported, use an even height and width"
     return portable.why_unsupported(shape)
+
+
+def why_malformed(tile: ConvFirstDownHopperTile, hidden_channels: int) -> str | None:
+    """Why the kernel runs no block of so many hidden channels with this tile; None if it may."""
+    if tile.by_piece not in BY_PIECE:
+        return f"by_piece={tile.by_piece} is not one of {', '.join(map(str, BY_PIECE))}"
+    if tile.by_piece:
+        for name, value in {"pixels": BLOCK_PIXELS, "partitions": 2, "slab": PIECE}.items():
+            if getattr(tile, name) != value:
+                return f"by_piece=1 does not go with {name}={getattr(tile, name)}, use {name}={value}"
+    return hopper_tile.why_malformed(tile, hidden_channels)
 
 
 def why_invalid(tile: ConvFirstDownHopperTile, shape: ConvFirstDownShape, processor: Processor) -> str | None:
@@ -123,11 +165,12 @@ def why_invalid(tile: ConvFirstDownHopperTile, shape: ConvFirstDownShape, proces
 def why_none(shape: ConvFirstDownShape, processor: Processor) -> str | None:
     """Why no tile runs `shape` on `processor`, as far as those that ask for least tell; None if some tile may."""
     least = ConvFirstDownHopperTile(BLOCK_PIXELS, min(HIDDEN), min(STAGES), 1, 1, min(SLABS), weight_chunks=0)
-    reason = why_invalid(least, shape, processor)
     streamed = replace(least, hidden=min(STREAMED_HIDDEN), weight_chunks=min(CHUNKS))
-    if reason is None or streamed.steps(shape.hidden_channels) < min(CHUNKS):
-        return reason
-    return why_invalid(streamed, shape, processor)
+    reason = why_invalid(least, shape, processor)
+    for tile in (replace(least, partitions=2, by_piece=1), streamed, replace(streamed, partitions=2, by_piece=1)):
+        if reason is not None and tile.weight_chunks <= tile.steps(shape.hidden_channels):
+            reason = why_invalid(tile, shape, processor)
+    return reason
 
 
 def weight_sizes(
@@ -135,7 +178,7 @@ def weight_sizes(
 ) -> tuple[int, int, int, int]:
     """Elements of packed weights: the convolution and blur, the chunks of all steps, the hidden bias, and padding."""
     steps = tile.steps(hidden_channels)
-    conv = (3 * COLUMN_TAPS * ceil(in_channels / PIECE) + INPUT_TAPS) * TAP_ELEMENTS
+    conv = (3 * COLUMN_TAPS * ceil(in_channels / PIECE) + tile.input_taps) * TAP_ELEMENTS
     chunks, bias = steps * tile.chunk_elements(in_channels, out_channels), steps * tile.hidden
     return conv, chunks, bias, -(conv + chunks + bias) % WEIGHT_COLUMNS
 
@@ -154,25 +197,33 @@ def local_memory_bytes(tile: ConvFirstDownHopperTile, shape: ConvFirstDownShape,
     conv, *_ = weight_sizes(tile, shape.in_channels, shape.hidden_channels, shape.out_channels)
     chunks = tile.weight_chunks or tile.steps(shape.hidden_channels)
     chunks *= tile.chunk_elements(shape.in_channels, shape.out_channels)
-    slab = (8 + PAIR_ROWS * tile.stages * (8 + tile.pixels)) * tile.slab
-    slabs = tile.partitions * ceil(shape.in_channels / tile.slab)
-    neighbours = tile.partitions * min(2, ceil(shape.in_channels / PIECE)) * JOB_ROWS * (8 + tile.pixels) * PIECE
+    if tile.by_piece:
+        slab, slabs = tile.stages * INPUT_ROWS * ROW_ATOMS * PATTERN_ROWS * PIECE, tile.partitions
+        exchanged, barriers, others = 1, 2, LOADER_BYTES
+    else:
+        slab = (8 + PAIR_ROWS * tile.stages * (8 + tile.pixels)) * tile.slab
+        slabs = tile.partitions * ceil(shape.in_channels / tile.slab)
+        exchanged, barriers = min(2, ceil(shape.in_channels / PIECE)), 1
+        others = PARTITION_BYTES * (tile.partitions - 1)
+    neighbours = tile.partitions * exchanged * JOB_ROWS * (8 + tile.pixels) * PIECE
     buffers = [(conv, PIECE), (chunks, WIDEST), *[(slab, tile.slab)] * slabs]
     matrices = aligned_bytes([(element * size, PATTERN_ROWS * element * columns) for size, columns in buffers])
     biases = weight_bytes(tile, shape) - element * (conv + chunks)
-    stages = tile.partitions * ceil(BARRIER_BYTES * tile.stages / BARRIER_ALIGNMENT) * BARRIER_ALIGNMENT
-    barriers = stages + BARRIER_BYTES * max(1, 2 * tile.weight_chunks)
-    return matrices + element * neighbours + biases + barriers + PARTITION_BYTES * (tile.partitions - 1)
+    stages = tile.partitions * barriers * ceil(BARRIER_BYTES * tile.stages / BARRIER_ALIGNMENT) * BARRIER_ALIGNMENT
+    return matrices + element * neighbours + biases + stages + BARRIER_BYTES * max(1, 2 * tile.weight_chunks) + others
 
 
 def estimated_registers(tile: ConvFirstDownHopperTile, shape: ConvFirstDownShape) -> float:
     """32-bit registers a thread: fp32 sums and 16-bit operands of 16 pixels a warp in each row of a job, addresses.
 
-    The most are needed in the loop over hidden channels, or while two columns of a piece are convolved.
+    The most are needed in the loop over hidden channels, or while two columns of a piece are convolved, or of two
+    pieces.
     """
     ins, outs = sum(tile.in_slabs(shape.in_channels)), sum(tile.out_slabs(shape.out_channels))
     ffn = outs + tile.hidden + (ins + tile.hidden) / 2
-    conv = 2 * 4 * PIECE / 2 + PIECE + ins / 2
+    sums = 2 * 4 * PIECE / 2
+    # The next piece's sums, instead of one more column's of the input.
+    conv = sums + (sums if tile.by_piece and ins > 2 * PIECE else PIECE) + ins / 2
     return max(ffn, conv) + OTHER_REGISTERS
 
 
@@ -194,10 +245,15 @@ def predicted_us(tile: ConvFirstDownHopperTile, shape: ConvFirstDownShape, proce
     resident = min(load, programs_per_processor(tile, shape, processor))
     steps, pieces = tile.steps(shape.hidden_channels), ceil(shape.in_channels / PIECE)
     clock_us = OPS_PER_CYCLE * processor.processors / processor.peak_ops * 1e6
-    products = pieces * PIECE_CYCLES + JOB_ROWS * steps * _step_cycles(tile, shape)
-    block_us = BLOCK_US + PIECE_US * pieces + resident * tile.partitions * products * clock_us
+    piece_cycles = BY_PIECE_CYCLES if tile.by_piece else PIECE_CYCLES
+    products = pieces * piece_cycles + JOB_ROWS * steps * _step_cycles(tile, shape)
+    products_us = resident * tile.partitions * products * clock_us
+    if tile.by_piece:
+        block_us = BY_PIECE_SHARE * products_us + PART_PIECE_US * pieces * (shape.in_channels % PIECE > 0)
+    else:
+        block_us = RING_SHARE * products_us + RING_BLOCK_US + RING_PIECE_US * pieces
     if tile.weight_chunks:
-        block_us += STREAMED_STEP_US * steps
+        block_us += (BY_PIECE_STEP_US if tile.by_piece else RING_STEP_US) * steps
         chunk_bytes = ELEMENT_SIZE[shape.dtype] * tile.chunk_elements(shape.in_channels, shape.out_channels)
         block_us = max(block_us, steps * chunk_bytes * processor.processors / processor.global_bandwidth * 1e6)
     blocks = work.jobs * tile.pixels // BLOCK_PIXELS
@@ -222,7 +278,8 @@ def candidate_tiles(shape: ConvFirstDownShape, processor: Processor) -> Iterator
     for hidden, slab, stages, chunks in product(HIDDEN, slabs, STAGES, (0, *CHUNKS)):
         alone = ConvFirstDownHopperTile(BLOCK_PIXELS, hidden, stages, 1, 1, slab, chunks)
         several = [replace(alone, programs=programs) for programs in PROGRAMS]
-        for tile in (*several, replace(alone, partitions=2)):
+        both = replace(alone, partitions=2)
+        for tile in (*several, both, replace(both, by_piece=1)):
             is_valid = why_invalid(tile, shape, processor) is None
             if is_valid and programs_per_processor(tile, shape, processor) == tile.programs:
                 yield tile

@@ -14,6 +14,7 @@ from fusion.planner import (
     mbconv_down_tile,
     mbconv_hopper_tile,
     mbconv_tile,
+    stem_convfirst_hopper_tile,
     stem_tile,
 )
 from fusion.planner import tile as portable_tile
@@ -32,6 +33,7 @@ from fusion.planner.match import (
     HeadShape,
     MBConvDownShape,
     MBConvShape,
+    StemConvFirstShape,
     StemShape,
 )
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
@@ -40,6 +42,7 @@ from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.planner.processor import Processor
 from fusion.planner.program import Program
+from fusion.planner.stem_convfirst_hopper_tile import StemConvFirstHopperTile
 from fusion.planner.stem_tile import StemTile
 from fusion.planner.tile import ConvFirstTile
 
@@ -54,6 +57,7 @@ Tile = (
     | MBConvHopperTile
     | MBConvDownHopperTile
     | StemTile
+    | StemConvFirstHopperTile
     | HeadTile
 )
 
@@ -268,6 +272,25 @@ STEM = KernelFamily(
     design=lambda tile: (tile.height * tile.width, tile.group, tile.warps),
 )
 
+STEM_CONVFIRST_HOPPER = KernelFamily(
+    name="stem_convfirst_hopper",
+    title="Hopper kernel",
+    shape_type=StemConvFirstShape,
+    tile_type=StemConvFirstHopperTile,
+    why_unsupported=stem_convfirst_hopper_tile.why_unsupported,
+    why_none=stem_convfirst_hopper_tile.why_none,
+    why_invalid=stem_convfirst_hopper_tile.why_invalid,
+    candidate_tiles=stem_convfirst_hopper_tile.candidate_tiles,
+    predicted_us=stem_convfirst_hopper_tile.predicted_us,
+    local_memory_bytes=stem_convfirst_hopper_tile.local_memory_bytes,
+    estimated_registers=stem_convfirst_hopper_tile.estimated_registers,
+    programs_per_processor=stem_convfirst_hopper_tile.programs_per_processor,
+    lower=lambda graph, tile, shape: block_fused(
+        graph, (hopper_tile.JOB_ROWS, stem_convfirst_hopper_tile.WIDTH), tile.hidden
+    ),
+    design=lambda tile: (tile.hidden, tile.slab),
+)
+
 HEAD = KernelFamily(
     name="head",
     title="portable kernel",
@@ -296,6 +319,7 @@ FAMILIES = (
     MBCONV_DOWN_HOPPER,
     MBCONV_DOWN,
     STEM,
+    STEM_CONVFIRST_HOPPER,
     HEAD,
 )
 """The planner takes the first one of a block's shape that has a valid tile, unless a later one should be much

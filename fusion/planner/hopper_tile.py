@@ -93,6 +93,8 @@ class RowsTile(HopperSlabs):
 
     STREAMING_PARTITIONS: ClassVar[tuple[int, ...]] = (2,)
     """Numbers of partitions with which weights can be streamed."""
+    SWITCHES: ClassVar[tuple[str, ...]] = ("weight_chunks",)
+    """Fields that may be zero."""
 
     pixels: int
     hidden: int
@@ -104,7 +106,7 @@ class RowsTile(HopperSlabs):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), int(field.name != "weight_chunks")
+            value, least = getattr(self, field.name), int(field.name not in self.SWITCHES)
             if not isinstance(value, int) or value < least:
                 raise ValueError(
                     f"{type(self).__name__}: {field.name} must be an integer of {least} or more, got {value!r}"

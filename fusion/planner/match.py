@@ -123,6 +123,28 @@ class StemShape:
 
 
 @dataclass(frozen=True)
+class StemConvFirstShape(HalvedActivations):
+    """Parameters of a stem (`StemShape`) and the stride-1 ConvFirst block after it, as one block.
+
+    ``height`` and ``width`` are those of the images, in pixels; channels are C, those between stem and block, hidden
+    and K. ``activation`` follows both the stem and the expansion.
+    """
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    stem_channels: int
+    hidden_channels: int
+    out_channels: int
+    group_width: int
+    activation: str
+    residual: bool
+    dtype: str
+    kernel_size: int = 3
+
+
+@dataclass(frozen=True)
 class HeadShape:
     """Parameters of a 1x1 convolution ahead of a global average pool; ``height`` and ``width`` in pixels, C and K.
 
@@ -196,7 +218,16 @@ class MBConvDownShape(HalvedActivations):
     kernel_size: int = 3
 
 
-BlockShape = ConvFirstShape | ConvFirstDownShape | FfnShape | MBConvShape | MBConvDownShape | StemShape | HeadShape
+BlockShape = (
+    ConvFirstShape
+    | ConvFirstDownShape
+    | FfnShape
+    | MBConvShape
+    | MBConvDownShape
+    | StemShape
+    | StemConvFirstShape
+    | HeadShape
+)
 
 
 def match_convfirst(graph: BlockGraph) -> ConvFirstShape | None:
@@ -390,6 +421,36 @@ def match_stem(graph: BlockGraph) -> StemShape | None:
         out_channels=conv.output["C"],
         activation=str(rest[0].kind) if rest else "none",
         dtype=graph.dtype,
+    )
+
+
+def match_stem_convfirst(graph: BlockGraph) -> StemConvFirstShape | None:
+    """The shape of a stem (`match_stem`) and a stride-1 ConvFirst block of its output, with the same activation.
+
+    Returns None when the graph is anything else.
+    """
+    stem, block = graph.ops[:2], graph.ops[2:]
+    y = stem[-1].output
+    after = {y, *(op.output for op in block)}
+    if not block or any(tensor not in after for op in block for tensor in op.inputs) or y in graph.outputs:
+        return None
+    stem = match_stem(BlockGraph(graph.name, stem, graph.inputs, (y,), graph.dtype))
+    block = match_convfirst(BlockGraph(graph.name, block, (y,), graph.outputs, graph.dtype))
+    if stem is None or block is None or stem.activation != block.activation:
+        return None
+    return StemConvFirstShape(
+        batch=stem.batch,
+        height=stem.height,
+        width=stem.width,
+        in_channels=stem.in_channels,
+        stem_channels=stem.out_channels,
+        hidden_channels=block.hidden_channels,
+        out_channels=block.out_channels,
+        group_width=block.group_width,
+        activation=block.activation,
+        residual=block.residual,
+        dtype=graph.dtype,
+        kernel_size=block.kernel_size,
     )
 
 

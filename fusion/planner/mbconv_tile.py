@@ -292,10 +292,12 @@ def candidate_tiles(shape: MBConvShape, processor: Processor) -> Iterator[MBConv
     """
     produces = sorted(_produce_halves(shape, processor), key=lambda tile: predicted_us(tile, shape, processor))
     projects = sorted(_project_halves(shape, processor), key=lambda tile: predicted_us(tile, shape, processor))
+    produces = [tuple(tile.to_ints()[:PRODUCE_FIELDS]) for tile in produces]
+    projects = [tuple(tile.to_ints()[PRODUCE_FIELDS:]) for tile in projects]
     pairs = [(produce, project) for produce in produces for project in projects[:BEST_HALVES]]
     pairs += [(produce, project) for produce in produces[:BEST_HALVES] for project in projects]
     for produce, project in dict.fromkeys(pairs):
-        tile = MBConvTile(1, *produce.to_ints()[1:PRODUCE_FIELDS], *project.to_ints()[PRODUCE_FIELDS:])
+        tile = MBConvTile(*produce, *project)
         tile = replace(tile, images=images_that_fit(tile, shape, processor))
         if why_invalid(tile, shape, processor) is None:
             yield tile

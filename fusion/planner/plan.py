@@ -1,6 +1,7 @@
 """The plan of a block: which program runs it, with which kernel and tile, and why."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 from fusion.planner.families import KernelFamily, Tile, families_of, family_named, family_of
 from fusion.planner.graph import BlockGraph
@@ -14,6 +15,7 @@ from fusion.planner.match import (
     match_mbconv,
     match_mbconv_down,
     match_stem,
+    match_stem_convfirst,
 )
 from fusion.planner.processor import Processor, get_processor
 from fusion.planner.program import Program
@@ -139,6 +141,7 @@ def block_shape(graph: BlockGraph) -> BlockShape:
         or match_mbconv(graph)
         or match_mbconv_down(graph)
         or match_stem(graph)
+        or match_stem_convfirst(graph)
         or match_head(graph)
     )
     if shape is None:
@@ -180,18 +183,28 @@ def plan_block(
             raise PlanError(f"{tile!r} cannot run {shape}: {invalid}; leave the tile to the planner or change it")
         why = "the tile was given"
     else:
-        ranked = ranked_tiles(shape, processor, kernel)
-        family = _preferred(ranked, shape, processor)
-        tile, *slower = ranked.pop(family)
-        why = f"lowest predicted time of {1 + len(slower)} valid tiles of the {family.title}"
-        rejected += [Rejection(repr(other), _prediction(other, shape, processor)) for other in slower[:RUNNERS_UP]]
-        rejected += [
-            Rejection(other.title, f"{_prediction(best, shape, processor)} at best")
-            for other, (best, *_) in ranked.items()
-        ]
+        tile, why, others = _choice(shape, processor, kernel)
+        rejected += others
     family = family_of(tile)
     program = family.lower(graph, tile, shape)
     return Plan(program, shape, tile, processor, why, tuple(rejected))
+
+
+@cache
+def _choice(shape: BlockShape, processor: Processor, kernel: str | None) -> tuple[Tile, str, tuple[Rejection, ...]]:
+    """The tile with the lowest predicted time, why, and what was not chosen.
+
+    Remembered, as it takes thousands of predictions, and the blocks of a network are few that differ.
+    """
+    ranked = ranked_tiles(shape, processor, kernel)
+    family = _preferred(ranked, shape, processor)
+    tile, *slower = ranked.pop(family)
+    why = f"lowest predicted time of {1 + len(slower)} valid tiles of the {family.title}"
+    rejected = [Rejection(repr(other), _prediction(other, shape, processor)) for other in slower[:RUNNERS_UP]]
+    rejected += [
+        Rejection(other.title, f"{_prediction(best, shape, processor)} at best") for other, (best, *_) in ranked.items()
+    ]
+    return tile, why, tuple(rejected)
 
 
 def _preferred(ranked: dict[KernelFamily, list[Tile]], shape: BlockShape, processor: Processor) -> KernelFamily:

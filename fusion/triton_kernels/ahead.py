@@ -6,8 +6,9 @@ matrix instructions of each combination; `--hopper-tile 64,64,2,2,1,64,0` does s
 an MBConv block, `--mbconv-hopper-tile 1,4,32,6` the one for Hopper. `--block mbconv-down:48,4,32` does so for an MBConv
 block of stride 2 with twice as many output as input channels, and so does `--mbconv-down-hopper-tile 32,6,1`.
 `--block convfirst-down:32,6,128` is such a ConvFirst block, `--convfirst-down-tile 256,64,16,8` a tile of its portable
-kernel. `--block stem:3,32,256 head:128,1280,8` are a network's stem and head, with their output channels in place of
-the expansion.
+kernel and `--convfirst-down-hopper-tile 64,32,2,2,1,32,3` one of the kernel for Hopper. `--block stem:3,32,256
+head:128,1280,8` are a network's stem and head, with their output channels in place of the expansion, and
+`--block stem-convfirst:16,3,256` is a stem of 16 channels with the ConvFirst block after it.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,51 +26,15 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from fusion.planner import (
-    convfirst_down_tile,
-    ffn_tile,
-    head_tile,
-    hopper_tile,
-    mbconv_down_hopper_tile,
-    mbconv_down_tile,
-    mbconv_hopper_tile,
-    mbconv_tile,
-    stem_tile,
-)
-from fusion.planner.blocks import conv, convfirst, ffn, head, mbconv
-from fusion.planner.convfirst_down_tile import ConvFirstDownTile
-from fusion.planner.families import MBCONV, MBCONV_DOWN, Tile
-from fusion.planner.ffn_tile import FfnTile
-from fusion.planner.head_tile import HeadTile
-from fusion.planner.hopper_tile import WARPS, HopperTile
-from fusion.planner.match import (
-    BlockShape,
-    ConvFirstDownShape,
-    ConvFirstShape,
-    FfnShape,
-    HeadShape,
-    MBConvDownShape,
-    MBConvShape,
-    StemShape,
-)
-from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
-from fusion.planner.mbconv_down_tile import MBConvDownTile
-from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
-from fusion.planner.mbconv_tile import MBConvTile
+from fusion.planner.blocks import conv, convfirst, ffn, head, mbconv, stem_convfirst
+from fusion.planner.families import MBCONV, MBCONV_DOWN, Tile, family_of
+from fusion.planner.graph import BlockGraph
+from fusion.planner.match import BlockShape
 from fusion.planner.plan import block_shape, plan_block
-from fusion.planner.stem_tile import StemTile
-from fusion.planner.tile import ConvFirstTile, why_unsupported
-from fusion.triton_kernels import convfirst as portable
-from fusion.triton_kernels import convfirst_down, ffn_hopper, mbconv_down, mbconv_down_hopper, mbconv_hopper
-from fusion.triton_kernels import convfirst_hopper as hopper
-from fusion.triton_kernels import head as head_kernels
-from fusion.triton_kernels import mbconv as mbconv_kernels
-from fusion.triton_kernels import stem as stem_kernels
+from fusion.triton_kernels.ahead_sources import ELEMENT, RECIPES, Recipe, Source
 from fusion.triton_kernels.convfirst import convfirst_kernel
-from fusion.triton_kernels.convfirst_hopper import convfirst_hopper_kernel
-from fusion.triton_kernels.hopper_layouts import box_layout, flat_layout
 
 PROCESSOR_OF_CAPABILITY = {
     (8, 0): "a100",
@@ -83,8 +48,6 @@ PROCESSOR_OF_CAPABILITY = {
 TYPES = {"float16": "fp16", "bfloat16": "bf16"}
 Block = tuple[str, int, int, int]
 """Type, channels, expansion or, of a stem or head, output channels, height = width."""
-BLOCK_NAMES = ("convfirst", "convfirst-down", "mbconv", "mbconv-down", "stem", "head")
-"""Types of blocks that have no tile of their own to tell them."""
 POINTER_ALIGNMENT = 16
 """Of PyTorch's allocations, in bytes. The compiler must know it to load and copy 16 bytes at a time."""
 WARP_SIZE = 32
@@ -113,268 +76,29 @@ class Resources:
     narrow_loads: int
 
 
-def compile_convfirst(
-    shape: ConvFirstShape, tile: ConvFirstTile, compute_capability: tuple[int, int] = (9, 0)
-) -> Resources:
-    """Compile the ConvFirst kernel for a block, a tile and a compute capability; no GPU is needed.
-
-    Raises ValueError for a block that no tile runs, and RuntimeError under TRITON_INTERPRET=1. A tile that asks for
-    more than a GPU has may compile: compare the result with the GPU's memories.
-    """
-    _refuse_interpreter()
-    _refuse(shape, why_unsupported(shape))
-    values = portable.constants(
-        shape.in_channels,
-        shape.hidden_channels,
-        shape.out_channels,
-        activation=shape.activation,
-        residual=shape.residual,
-        tile=tile,
-    )
-    signature = {name: _argument_type(name, values, shape.dtype) for name in convfirst_kernel.arg_names}
-    return _compile(ASTSource, convfirst_kernel, signature, values, compute_capability, {"num_warps": tile.warps})
-
-
-def compile_convfirst_hopper(shape: ConvFirstShape, tile: HopperTile) -> Resources:
-    """Compile the Hopper kernel for a block and a tile, for compute capability 9.0; no GPU is needed.
-
-    Raises ValueError for a block that no tile runs and for a malformed tile, and RuntimeError under TRITON_INTERPRET=1.
-    """
-    _refuse_interpreter()
-    _refuse(shape, hopper_tile.why_unsupported(shape) or hopper_tile.why_malformed(tile, shape.hidden_channels))
-    spec = hopper.constants(
-        shape.height,
-        shape.width,
-        shape.in_channels,
-        shape.hidden_channels,
-        shape.out_channels,
-        residual=shape.residual,
-        tile=tile,
-    )
-    values = {"S": spec}
-    signature = {name: _argument_type(name, values, shape.dtype) for name in convfirst_hopper_kernel.arg_names}
-    for name, box, layout in (
-        ("x_desc", hopper.descriptor_box(spec), box_layout(spec.slab)),
-        ("weights_desc", hopper.weights_box(spec), flat_layout()),
-    ):
-        signature[name] = f"tensordesc<{TYPES[shape.dtype]}{box},{layout!r}>"
-    options = {"num_warps": WARPS, "maxnreg": tile.register_limit}
-    return _compile(GluonASTSource, convfirst_hopper_kernel, signature, values, hopper_tile.COMPUTE_CAPABILITY, options)
-
-
-def compile_convfirst_down(
-    shape: ConvFirstDownShape, tile: ConvFirstDownTile, compute_capability: tuple[int, int] = (9, 0)
-) -> Resources:
-    """Compile the portable kernel of a stride-2 ConvFirst block for a tile and a compute capability; no GPU is needed.
-
-    Raises ValueError for a block that no tile runs and for a malformed tile, and RuntimeError under TRITON_INTERPRET=1.
-    """
-    _refuse_interpreter()
-    _refuse(shape, convfirst_down_tile.why_unsupported(shape) or convfirst_down_tile.why_malformed(tile))
-    values = convfirst_down.constants(
-        shape.in_channels, shape.hidden_channels, shape.out_channels, activation=shape.activation, tile=tile
-    )
-    kernel = convfirst_down.convfirst_down_kernel
-    signature = {name: _argument_type(name, values, shape.dtype) for name in kernel.arg_names}
-    return _compile(ASTSource, kernel, signature, values, compute_capability, {"num_warps": tile.warps})
-
-
-def compile_ffn_hopper(shape: FfnShape, tile: FfnTile) -> Resources:
-    """Compile the FFN kernel for a block and a tile, for compute capability 9.0; no GPU is needed.
-
-    Raises ValueError for a block that no tile runs and for a malformed tile, and RuntimeError under TRITON_INTERPRET=1.
-    """
-    _refuse_interpreter()
-    _refuse(shape, ffn_tile.why_unsupported(shape) or ffn_tile.why_malformed(tile, shape.hidden_channels))
-    spec = ffn_hopper.constants(
-        shape.in_channels, shape.hidden_channels, shape.out_channels, residual=shape.residual, tile=tile
-    )
-    boxes = ffn_hopper.descriptor_boxes(spec)
-    arguments = ffn_hopper.ffn_hopper_kernel.arg_names
-    values = {name: None for name in arguments if name.endswith("_desc") and name not in boxes} | {"S": spec}
-    signature = {name: _argument_type(name, values, shape.dtype) for name in arguments}
-    for name, box in boxes.items():
-        signature[name] = f"tensordesc<{TYPES[shape.dtype]}{box},{ffn_hopper.descriptor_layout(box)!r}>"
-    signature["hidden_bias_ptr"] = f"*{TYPES[shape.dtype]}"
-    options = {"num_warps": ffn_tile.WARPS}
-    capability = ffn_tile.COMPUTE_CAPABILITY
-    return _compile(GluonASTSource, ffn_hopper.ffn_hopper_kernel, signature, values, capability, options)
-
-
-def compile_mbconv_hopper(shape: MBConvShape, tile: MBConvHopperTile) -> Resources:
-    """Compile the Hopper kernel of an MBConv block for a tile, for compute capability 9.0; no GPU is needed.
-
-    Raises ValueError for a block that no tile runs and for a tile that does not fit it, and RuntimeError under
-    TRITON_INTERPRET=1.
-    """
-    _refuse_interpreter()
-    _refuse(
-        shape,
-        mbconv_hopper_tile.why_unsupported(shape)
-        or mbconv_hopper_tile.why_malformed(tile)
-        or mbconv_hopper_tile.why_not_covering(tile, shape.height, shape.width),
-    )
-    spec = mbconv_hopper.constants(
-        shape.height,
-        shape.width,
-        shape.in_channels,
-        shape.hidden_channels,
-        shape.out_channels,
-        shape.squeeze_channels,
-        activation=shape.activation,
-        residual=shape.residual,
-        tile=tile,
-    )
-    boxes = mbconv_hopper.descriptor_boxes(spec)
-    return _compile_mbconv_hopper(mbconv_hopper.mbconv_hopper_kernel, shape.dtype, {"S": spec}, boxes)
-
-
-def compile_mbconv_down_hopper(shape: MBConvDownShape, tile: MBConvDownHopperTile) -> Resources:
-    """Compile the Hopper kernel of a stride-2 MBConv block for a tile, for compute capability 9.0; no GPU is needed.
-
-    Raises ValueError for a block that no tile runs and for a malformed tile, and RuntimeError under TRITON_INTERPRET=1.
-    """
-    _refuse_interpreter()
-    _refuse(shape, mbconv_down_hopper_tile.why_unsupported(shape) or mbconv_down_hopper_tile.why_malformed(tile))
-    channels = shape.in_channels, shape.hidden_channels, shape.out_channels, shape.squeeze_channels
-    spec = mbconv_down_hopper.constants(shape.height, shape.width, *channels, activation=shape.activation, tile=tile)
-    boxes = mbconv_hopper.descriptor_boxes(spec.projected)
-    return _compile_mbconv_hopper(mbconv_down_hopper.mbconv_down_hopper_kernel, shape.dtype, {"D": spec}, boxes)
-
-
-def _compile_mbconv_hopper(
-    kernel: triton.JITFunction, dtype: str, spec: dict[str, object], boxes: dict[str, list[int]]
-) -> Resources:
-    arguments = kernel.arg_names
-    values = {name: None for name in arguments if name.endswith("_desc") and name not in boxes} | spec
-    signature = {name: _argument_type(name, values, dtype) for name in arguments}
-    for name, box in boxes.items():
-        signature[name] = f"tensordesc<{TYPES[dtype]}{box},{flat_layout()!r}>"
-    signature |= dict.fromkeys(("expand_ptr", "squeeze_ptr", "excite_ptr"), "*i32")
-    options = {"num_warps": mbconv_hopper_tile.WARPS}
-    return _compile(GluonASTSource, kernel, signature, values, mbconv_hopper_tile.COMPUTE_CAPABILITY, options)
-
-
-def compile_mbconv(
-    shape: MBConvShape, tile: MBConvTile, compute_capability: tuple[int, int] = (9, 0), *, ordered: bool = False
+def compile_block(
+    shape: BlockShape, tile: Tile, compute_capability: tuple[int, int] = (9, 0), **options: bool
 ) -> dict[str, Resources]:
-    """Compile the two MBConv kernels for a block, a tile and a compute capability, by name; no GPU is needed.
+    """Compile the kernels that run a block with a tile, by name, for a compute capability; no GPU is needed.
 
-    Raises ValueError for a block that no tile runs and for a malformed tile, and RuntimeError under TRITON_INTERPRET=1.
+    `options` are those of a launch that make another kernel: `ordered` of the portable MBConv kernels, and `planar` of
+    the stem, whose input is then contiguous. A tile that asks for more than a GPU has may compile: compare the result
+    with the GPU's memories.
+
+    Raises ValueError for a block that no tile runs, for a tile that is malformed or does not fit the block and for a
+    compute capability that the kernel is not for, and RuntimeError under TRITON_INTERPRET=1.
     """
     _refuse_interpreter()
-    _refuse(
-        shape,
-        mbconv_tile.why_unsupported(shape)
-        or mbconv_tile.why_malformed(tile)
-        or mbconv_tile.why_splits_groups(tile, shape.group_width),
+    recipe = RECIPES[family_of(tile).name]
+    reason = (
+        recipe.why_not_on(compute_capability)
+        or recipe.family.why_unsupported(shape)
+        or recipe.why_malformed(tile, shape)
     )
-    image, options = (shape.height, shape.width), {"ordered": ordered, "tile": tile}
-    produce = mbconv_kernels.produce_constants(
-        *image,
-        shape.in_channels,
-        shape.hidden_channels,
-        shape.squeeze_channels,
-        activation=shape.activation,
-        **options,
-    )
-    project = mbconv_kernels.project_constants(
-        *image,
-        shape.hidden_channels,
-        shape.out_channels,
-        shape.squeeze_channels,
-        residual=shape.residual,
-        **options,
-    )
-    return _compile_two(mbconv_kernels.produce_kernel, produce, project, shape.dtype, tile, compute_capability)
-
-
-def compile_mbconv_down(
-    shape: MBConvDownShape, tile: MBConvDownTile, compute_capability: tuple[int, int] = (9, 0), *, ordered: bool = False
-) -> dict[str, Resources]:
-    """Compile the two portable kernels of a stride-2 MBConv block, as `compile_mbconv` does those of stride 1."""
-    _refuse_interpreter()
-    _refuse(
-        shape,
-        mbconv_down_tile.why_unsupported(shape)
-        or mbconv_down_tile.why_malformed(tile)
-        or mbconv_tile.why_splits_groups(tile, shape.group_width),
-    )
-    options = {"ordered": ordered, "tile": tile}
-    produce = mbconv_down.produce_down_constants(
-        shape.height,
-        shape.width,
-        shape.in_channels,
-        shape.hidden_channels,
-        shape.squeeze_channels,
-        activation=shape.activation,
-        **options,
-    )
-    project = mbconv_kernels.project_constants(
-        shape.out_height,
-        shape.out_width,
-        shape.hidden_channels,
-        shape.out_channels,
-        shape.squeeze_channels,
-        residual=False,
-        **options,
-    )
-    return _compile_two(mbconv_down.produce_down_kernel, produce, project, shape.dtype, tile, compute_capability)
-
-
-def compile_stem(
-    shape: StemShape, tile: StemTile, compute_capability: tuple[int, int] = (9, 0), *, planar: bool = False
-) -> Resources:
-    """Compile the stem kernel for a tile and a compute capability, for an input that is channels_last, or contiguous.
-
-    No GPU is needed. Raises ValueError for a convolution that no tile runs and for a malformed tile, and RuntimeError
-    under TRITON_INTERPRET=1.
-    """
-    _refuse_interpreter()
-    _refuse(shape, stem_tile.why_unsupported(shape) or stem_tile.why_malformed(tile))
-    kernel = stem_kernels.stem_kernel
-    values = stem_kernels.constants(
-        shape.width, shape.in_channels, shape.out_channels, activation=shape.activation, planar=planar, tile=tile
-    )
-    signature = {name: _argument_type(name, values, shape.dtype) for name in kernel.arg_names}
-    return _compile(ASTSource, kernel, signature, values, compute_capability, {"num_warps": tile.warps})
-
-
-def compile_head(shape: HeadShape, tile: HeadTile, compute_capability: tuple[int, int] = (9, 0)) -> Resources:
-    """Compile the head kernel for a tile and a compute capability; no GPU is needed.
-
-    Raises ValueError for a block that no tile runs and for a malformed tile, and RuntimeError under TRITON_INTERPRET=1.
-    """
-    _refuse_interpreter()
-    _refuse(shape, head_tile.why_unsupported(shape) or head_tile.why_malformed(tile))
-    kernel, pixels = head_kernels.head_kernel, shape.height * shape.width
-    values = head_kernels.constants(
-        pixels, shape.in_channels, shape.out_channels, activation=shape.activation, tile=tile
-    )
-    if tile.tiles(pixels) == 1:
-        values["TILES"] = 1  # as at run time, where the compiler knows an argument that is one
-    signature = {name: _argument_type(name, values, shape.dtype) for name in kernel.arg_names}
-    return _compile(ASTSource, kernel, signature, values, compute_capability, {"num_warps": tile.warps})
-
-
-def _compile_two(
-    produce_kernel: triton.JITFunction,
-    produce: dict[str, object],
-    project: dict[str, object],
-    dtype: str,
-    tile: MBConvTile | MBConvDownTile,
-    compute_capability: tuple[int, int],
-) -> dict[str, Resources]:
-    """Compile the portable kernels of an MBConv block, by name, with these compile-time arguments."""
-    compiled = {}
-    for name, kernel, values, warps in (
-        ("produce", produce_kernel, produce, tile.warps),
-        ("project", mbconv_kernels.project_kernel, project, tile.project_warps),
-    ):
-        signature = {argument: _argument_type(argument, values, dtype) for argument in kernel.arg_names}
-        signature["squeezed_ptr"] = "*fp32"
-        compiled[name] = _compile(ASTSource, kernel, signature, values, compute_capability, {"num_warps": warps})
-    return compiled
+    if reason:
+        raise ValueError(f"the kernel does not run {shape}: {reason}")
+    sources = recipe.sources(shape, tile, **options)
+    return {name: _compile(source, shape.dtype, compute_capability) for name, source in sources.items()}
 
 
 def _refuse_interpreter() -> None:
@@ -385,22 +109,15 @@ def _refuse_interpreter() -> None:
         )
 
 
-def _refuse(shape: BlockShape, reason: str | None) -> None:
-    if reason:
-        raise ValueError(f"the kernel does not run {shape}: {reason}")
-
-
-def _compile(
-    source_type: type[ASTSource],
-    kernel: triton.JITFunction,
-    signature: dict[str, str],
-    values: dict[str, object],
-    compute_capability: tuple[int, int],
-    options: dict[str, int | None],
-) -> Resources:
+def _compile(source: Source, dtype: str, compute_capability: tuple[int, int]) -> Resources:
+    arguments = source.kernel.arg_names
+    absent = (name for name in arguments if name.endswith("_desc") and name not in source.descriptors)
+    values = {**dict.fromkeys(absent), **source.values}
+    signature = {name: _argument_type(name, source, values, dtype) for name in arguments}
     position = {name: (index,) for index, name in enumerate(signature)}
-    source = source_type(
-        kernel,
+    source_type = GluonASTSource if isinstance(source.kernel, GluonJITFunction) else ASTSource
+    ast = source_type(
+        source.kernel,
         signature,
         {position[name]: value for name, value in values.items()},
         {
@@ -411,15 +128,20 @@ def _compile(
     )
     major, minor = compute_capability
     target = GPUTarget("cuda", 10 * major + minor, WARP_SIZE)
-    return _resources(triton.compile(source, target=target, options=options))
+    options = {"num_warps": source.warps, "maxnreg": source.register_limit}
+    return _resources(triton.compile(ast, target=target, options=options))
 
 
-def _argument_type(name: str, values: dict[str, object], dtype: str) -> str:
+def _argument_type(name: str, source: Source, values: dict[str, object], dtype: str) -> str:
     if name in values:
         return "constexpr"
-    if name.endswith("_bias_ptr"):
-        return "*fp32"
-    return f"*{TYPES[dtype]}" if name.endswith("_ptr") else "i32"
+    if name in source.descriptors:
+        box, layout = source.descriptors[name]
+        return f"tensordesc<{TYPES[dtype]}{box},{layout!r}>"
+    if not name.endswith("_ptr"):
+        return "i32"
+    element = source.pointers.get(name, "fp32" if name.endswith("_bias_ptr") else ELEMENT)
+    return f"*{TYPES[dtype] if element == ELEMENT else element}"
 
 
 def _resources(compiled) -> Resources:
@@ -450,57 +172,47 @@ def _dump(cubin: bytes, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def _down(constructor: Callable[..., BlockGraph]) -> Callable[..., BlockGraph]:
+    """Blocks of stride 2 with twice as many output as input channels."""
+
+    def construct(batch: int, height: int, width: int, channels: int, expansion: int, **options) -> BlockGraph:
+        options |= {"out_channels": 2 * channels, "stride": 2}
+        return constructor(batch, height, width, channels, expansion, **options)
+
+    return construct
+
+
+def _stem_convfirst(batch: int, height: int, width: int, channels: int, expansion: int, **options) -> BlockGraph:
+    """A stem of images of three channels with these output channels, and a block of this expansion."""
+    return stem_convfirst(batch, height, width, 3, channels, expansion, **options)
+
+
+BLOCKS = {
+    "convfirst": convfirst,
+    "convfirst-down": _down(convfirst),
+    "ffn": ffn,
+    "mbconv": mbconv,
+    "mbconv-down": _down(mbconv),
+    "stem": partial(conv, stride=2, activation="relu"),
+    "stem-convfirst": _stem_convfirst,
+    "head": head,
+}
+"""By type: what makes a graph from batch, height, width, channels and the expansion or the output channels."""
+PLANNED_KERNELS = {"mbconv": MBCONV.name, "mbconv-down": MBCONV_DOWN.name}
+"""Kernel families whose tiles are planned, by type of block; those of other blocks are up to the planner."""
+
+
 def _compile_rows(
     block: Block, dtype: str, capability: tuple[int, int], tile: Tile | None
 ) -> Iterator[dict[str, object]]:
     """A row for every kernel of a block. The type of a tile, if given, is that of the block too."""
     name, channels, expansion, size = block
-    names = {
-        ConvFirstDownTile: "convfirst-down",
-        FfnTile: "ffn",
-        MBConvTile: "mbconv",
-        MBConvDownTile: "mbconv-down",
-        MBConvHopperTile: "mbconv",
-        MBConvDownHopperTile: "mbconv-down",
-        StemTile: "stem",
-        HeadTile: "head",
-    }
-    name = names.get(type(tile), name)
-    constructor = {
-        "convfirst": convfirst,
-        "convfirst-down": partial(convfirst, stride=2, out_channels=2 * channels),
-        "ffn": ffn,
-        "mbconv": mbconv,
-        "mbconv-down": partial(mbconv, stride=2, out_channels=2 * channels),
-        "stem": partial(conv, stride=2, activation="relu"),
-        "head": head,
-    }[name]
-    graph = constructor(128, size, size, channels, expansion, dtype=dtype)
+    if tile is not None:
+        name = RECIPES[family_of(tile).name].block
+    graph = BLOCKS[name](128, size, size, channels, expansion, dtype=dtype)
     if tile is None:
-        kernel = {"mbconv": MBCONV.name, "mbconv-down": MBCONV_DOWN.name}.get(name)
-        tile = plan_block(graph, PROCESSOR_OF_CAPABILITY[capability], kernel=kernel).tile
-    shape = block_shape(graph)
-    if isinstance(tile, HopperTile):
-        kernels = {"convfirst_hopper": compile_convfirst_hopper(shape, tile)}
-    elif isinstance(tile, ConvFirstDownTile):
-        kernels = {"convfirst_down": compile_convfirst_down(shape, tile, capability)}
-    elif isinstance(tile, StemTile):
-        kernels = {"stem": compile_stem(shape, tile, capability)}
-    elif isinstance(tile, HeadTile):
-        kernels = {"head": compile_head(shape, tile, capability)}
-    elif isinstance(tile, FfnTile):
-        kernels = {"ffn_hopper": compile_ffn_hopper(shape, tile)}
-    elif isinstance(tile, MBConvHopperTile):
-        kernels = {"mbconv_hopper": compile_mbconv_hopper(shape, tile)}
-    elif isinstance(tile, MBConvDownHopperTile):
-        kernels = {"mbconv_down_hopper": compile_mbconv_down_hopper(shape, tile)}
-    elif isinstance(tile, MBConvTile):
-        kernels = compile_mbconv(shape, tile, capability)
-    elif isinstance(tile, MBConvDownTile):
-        kernels = compile_mbconv_down(shape, tile, capability)
-    else:
-        kernels = {"convfirst": compile_convfirst(shape, tile, capability)}
-    for kernel, resources in kernels.items():
+        tile = plan_block(graph, PROCESSOR_OF_CAPABILITY[capability], kernel=PLANNED_KERNELS.get(name)).tile
+    for kernel, resources in compile_block(block_shape(graph), tile, capability).items():
         yield {
             "block": block[1:],
             "kernel": kernel,
@@ -517,19 +229,25 @@ def _ints(text: str, separator: str = ",") -> tuple[int, ...]:
 def _block(text: str) -> Block:
     name, colon, sizes = text.rpartition(":")
     block = _ints(sizes)
-    if len(block) != 3 or (colon and name not in BLOCK_NAMES):
-        names = " or ".join(f"{name}:" for name in BLOCK_NAMES)
+    if len(block) != 3 or (colon and name not in BLOCKS):
+        names = " or ".join(f"{name}:" for name in BLOCKS)
         raise argparse.ArgumentTypeError(f"a block is CHANNELS,EXPANSION,SIZE, after {names} if you like, got {text!r}")
     return name or "convfirst", *block
 
 
-def _tile(text: str, tile_type: type[Tile], count: str) -> Tile:
+def _tile(text: str, recipe: Recipe) -> Tile:
+    tile_type = recipe.family.tile_type
     try:
         return tile_type(*_ints(text))
     except TypeError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} does not have the fields of {tile_type.__name__}, {count}"
+            f"{text!r} does not have the fields of {tile_type.__name__}, {_field_count(tile_type)}"
         ) from None
+
+
+def _field_count(tile_type: type[Tile]) -> str:
+    required = sum(field.default is MISSING for field in fields(tile_type))
+    return str(required) if required == len(fields(tile_type)) else f"{required} to {len(fields(tile_type))}"
 
 
 def _capability(text: str) -> tuple[int, ...]:
@@ -552,82 +270,29 @@ def _cell(value: object) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compile every block for every compute capability and print a table, or JSON, with a row for each."""
+    """Compile every block for every compute capability, with the planner's tile or a given one; print what came out."""
     parser = argparse.ArgumentParser(prog="python -m fusion.triton_kernels.ahead", description=main.__doc__)
     parser.add_argument("--block", type=_block, nargs="+", required=True, metavar="[TYPE:]CHANNELS,EXPANSION,SIZE")
     parser.add_argument("--capability", type=_capability, nargs="+", default=[(9, 0)], metavar="MAJOR.MINOR")
     parser.add_argument("--dtype", choices=TYPES, default="float16")
     tiles = parser.add_mutually_exclusive_group()
-    tiles.add_argument(
-        "--tile",
-        type=partial(_tile, tile_type=ConvFirstTile, count="5 to 7"),
-        help="fields of ConvFirstTile with commas; default: the planner's choice",
-    )
-    tiles.add_argument(
-        "--convfirst-down-tile",
-        type=partial(_tile, tile_type=ConvFirstDownTile, count="4 to 7"),
-        help="fields of ConvFirstDownTile with commas: compile the portable stride-2 ConvFirst kernel",
-    )
-    tiles.add_argument(
-        "--hopper-tile",
-        type=partial(_tile, tile_type=HopperTile, count="7"),
-        help="fields of HopperTile with commas: compile the Hopper kernel",
-    )
-    tiles.add_argument(
-        "--ffn-tile",
-        type=partial(_tile, tile_type=FfnTile, count="6"),
-        help="fields of FfnTile with commas: compile the FFN kernel",
-    )
-    tiles.add_argument(
-        "--mbconv-tile",
-        type=partial(_tile, tile_type=MBConvTile, count="13"),
-        help="fields of MBConvTile with commas: compile the MBConv kernels",
-    )
-    tiles.add_argument(
-        "--mbconv-down-tile",
-        type=partial(_tile, tile_type=MBConvDownTile, count="16"),
-        help="fields of MBConvDownTile with commas: compile the portable stride-2 MBConv kernels",
-    )
-    tiles.add_argument(
-        "--mbconv-hopper-tile",
-        type=partial(_tile, tile_type=MBConvHopperTile, count="4"),
-        help="fields of MBConvHopperTile with commas: compile the MBConv kernel for Hopper",
-    )
-    tiles.add_argument(
-        "--mbconv-down-hopper-tile",
-        type=partial(_tile, tile_type=MBConvDownHopperTile, count="3"),
-        help="fields of MBConvDownHopperTile with commas: compile the stride-2 MBConv kernel for Hopper",
-    )
-    tiles.add_argument(
-        "--stem-tile",
-        type=partial(_tile, tile_type=StemTile, count="4"),
-        help="fields of StemTile with commas: compile the stem kernel",
-    )
-    tiles.add_argument(
-        "--head-tile",
-        type=partial(_tile, tile_type=HeadTile, count="4 or 5"),
-        help="fields of HeadTile with commas: compile the head kernel",
-    )
+    for recipe in RECIPES.values():
+        tiles.add_argument(
+            recipe.option,
+            dest="tile",
+            type=partial(_tile, recipe=recipe),
+            help=f"fields of {recipe.family.tile_type.__name__} with commas: compile {recipe.title}",
+        )
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     options = parser.parse_args(arguments)
-    for_hopper = (
-        options.hopper_tile or options.ffn_tile or options.mbconv_hopper_tile or options.mbconv_down_hopper_tile
-    )
-    if for_hopper and any(capability != hopper_tile.COMPUTE_CAPABILITY for capability in options.capability):
-        parser.error(f"{type(for_hopper).__name__} is for compute capability 9.0 only, leave --capability out")
-    tile = (
-        for_hopper
-        or options.tile
-        or options.convfirst_down_tile
-        or options.mbconv_tile
-        or options.mbconv_down_tile
-        or options.stem_tile
-        or options.head_tile
-    )
+    if options.tile is not None:
+        for reason in map(RECIPES[family_of(options.tile).name].why_not_on, options.capability):
+            if reason:
+                parser.error(f"{reason}, leave --capability out")
     rows = [
         row
         for block, capability in product(options.block, options.capability)
-        for row in _compile_rows(block, options.dtype, capability, tile)
+        for row in _compile_rows(block, options.dtype, capability, options.tile)
     ]
     print(json.dumps(rows) if options.json else _table(rows))
 

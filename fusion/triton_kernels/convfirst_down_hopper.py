@@ -10,6 +10,8 @@ taps.
 The images of a batch are one tall image of virtual *output* rows, H / 2 of each image and a blank one after them, and a
 job is two of them. A pair of the ring holds the four input rows of two output rows, each divided into its even and its
 odd columns, so that a stride of two is a step of one pixel in a row buffer.
+
+A ring holds all channels. Where they are many, `convfirst_down_pieces.py` has 16 of them at a time, and no ring.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusion.planner.convfirst_down_hopper_tile import COLUMN_TAPS, INPUT_TAPS, ConvFirstDownHopperTile
+from fusion.planner.convfirst_down_hopper_tile import (
+    COLUMN_TAPS,
+    INPUT_ROWS,
+    INPUT_TAPS,
+    ROW_ATOMS,
+    ConvFirstDownHopperTile,
+)
 from fusion.planner.hopper_tile import (
     BLOCK_PIXELS,
     MAX_JOBS,
@@ -34,6 +42,25 @@ from fusion.planner.hopper_tile import (
     PARTITION_REGISTERS,
     WARPS,
     WEIGHT_COLUMNS,
+)
+from fusion.triton_kernels.convfirst_down_pieces import (
+    column_weights,
+    conv_pieces,
+    load_chunks,
+    load_pieces,
+    new_chunk_barriers,
+    new_neighbours,
+    new_pieces,
+    release_chunk,
+)
+from fusion.triton_kernels.convfirst_down_products import (
+    COLUMN,
+    COLUMN_PRODUCTS,
+    ROWS,
+    add_row,
+    edge_taps,
+    joined,
+    matrix,
 )
 from fusion.triton_kernels.convfirst_hopper import (
     Spec,
@@ -55,7 +82,7 @@ from fusion.triton_kernels.convfirst_hopper import (
     wait_for_pair,
     weights_box,
 )
-from fusion.triton_kernels.hopper_layouts import flat_layout, plain_layout, planes_layout, rows_layout, sum_layout
+from fusion.triton_kernels.hopper_layouts import flat_layout, plain_layout, planes_layout, sum_layout
 from fusion.triton_kernels.hopper_parts import (
     fixed,
     hidden_bias,
@@ -63,29 +90,28 @@ from fusion.triton_kernels.hopper_parts import (
     moved,
     processor_count,
     slab_start,
-    split_columns,
     wait_for_previous_kernel,
     zeros,
 )
 
 WORKER_REGISTERS = gl.constexpr(PARTITION_REGISTERS)
 """Of each thread of the second partition; it leaves as many to the first."""
+LOADER_REGISTERS = gl.constexpr(24)
+"""Of each thread of a loader, the fewest that a thread may have."""
 JOB_BITS = gl.constexpr(MAX_JOBS.bit_length() - 1)
 """Bits of a job's number; those above make a zero that the compiler cannot see."""
-COLUMN = gl.constexpr(COLUMN_TAPS)
-"""Matrices of a column of taps of a piece: v4, v2, v0, v3, v1 and t4, v2, t2, v0, t3, v1, where v0 to v4 are the taps
-of the five rows, and t2 to t4 those at the top edge. Neighbours serve two output rows at once."""
-ROWS = gl.constexpr(7)
-"""Input rows of two output rows."""
-COLUMN_PRODUCTS = gl.constexpr(42)
-"""Products of a piece of the convolution: two columns, seven rows and three columns of taps."""
 INPUT_PRODUCTS = gl.constexpr(18)
 """Products of the input's blur of a piece."""
 
 
 @dataclass(frozen=True)
 class DownSpec(Spec):
-    """Compile-time constants of the kernel (see `Spec`); `height`, `width` and `tile_width` are the output's."""
+    """Compile-time constants of the kernel (see `Spec`); `height`, `width` and `tile_width` are the output's.
+
+    With `by_piece`, `stages` are buffers of a piece of the input rows of a job (`convfirst_down_pieces.py`).
+    """
+
+    by_piece: bool
 
     @property
     def pieces(self) -> int:
@@ -104,8 +130,23 @@ class DownSpec(Spec):
 
     @property
     def taps(self) -> int:
-        """Matrices `[16, 16]` of the convolution, and at the end those of the input's blur."""
-        return 3 * COLUMN_TAPS * self.pieces + INPUT_TAPS
+        """Matrices `[16, 16]` of the convolution, and at the end those of the input's blur if products make it."""
+        return 3 * COLUMN_TAPS * self.pieces + (0 if self.by_piece else INPUT_TAPS)
+
+    @property
+    def input_rows(self) -> int:
+        """Input rows of a job."""
+        return INPUT_ROWS
+
+    @property
+    def piece_atoms(self) -> int:
+        """Atoms of a buffer of a piece."""
+        return INPUT_ROWS * ROW_ATOMS
+
+    @property
+    def piece_bytes(self) -> int:
+        """What TMA brings of a piece."""
+        return 2 * INPUT_ROWS * 2 * self.pixels * self.slab
 
 
 @gluon.jit
@@ -147,23 +188,6 @@ def input_row(ring, atom, ROW: gl.constexpr, U: gl.constexpr, PIECE_INDEX: gl.co
 
 
 @gluon.jit
-def matrix(w, index, ROWS: gl.constexpr):
-    """Weights of a tap to `ROWS` output rows, [16, 16 ROWS], from matrix `index` on."""
-    return w.index(index)._reinterpret(w.dtype, [16 * ROWS, 16], rows_layout(16)).permute((1, 0))
-
-
-@gluon.jit
-def edge_taps(w, first, second):
-    """`w` from where the taps of each of some rows are found at the same places, wherever the top edge is.
-
-    `first`, `second`: 1 if that output row is the first of an image, else 0. Four for input rows 2 i and 2 i + 1,
-    2 i + 2, 2 i + 3, 2 i + 4 of the convolution, two for rows 2 i + 1 and 2 i + 3 of the input's blur.
-    """
-    convolution = (moved(w, 6 * first), moved(w, 5 * first + 6 * second), moved(w, 6 * second), moved(w, 5 * second))
-    return convolution + (moved(w, 2 * first), moved(w, 2 * second))
-
-
-@gluon.jit
 def start_columns(ring, top, bottom, w, edges, PIECE_INDEX: gl.constexpr, block, S: gl.constexpr):
     """Start columns 2 j and 2 j + 1 of two output rows, blurred down the rows, of 16 channels of the convolution.
 
@@ -183,28 +207,6 @@ def start_columns(ring, top, bottom, w, edges, PIECE_INDEX: gl.constexpr, block,
             if u > -1:
                 z, z0, z1 = add_row(x, w, edges, z, z0, z1, row, u, PIECE_INDEX)
     return y, y0, y1, z, z0, z1
-
-
-@gluon.jit
-def add_row(x, w, edges, y, y0, y1, ROW: gl.constexpr, TAP: gl.constexpr, PIECE_INDEX: gl.constexpr):
-    """Start to add input row 2 i - 2 + `ROW`, shifted as tap `TAP` of 3 wants it, to output rows i and i + 1."""
-    centre, below, last, beyond = edges
-    base: gl.constexpr = (3 * PIECE_INDEX + TAP) * COLUMN
-    if ROW == 0:
-        y0 = warpgroup_mma(x, matrix(w, base + 2, 1), y0, use_acc=TAP > 0, is_async=True)
-    elif ROW == 1:
-        y0 = warpgroup_mma(x, matrix(w, base + 4, 1), y0, is_async=True)
-    elif ROW == 2:
-        y = warpgroup_mma(x, matrix(centre, base + 1, 2), y, use_acc=TAP > 0, is_async=True)
-    elif ROW == 3:
-        y = warpgroup_mma(x, matrix(centre, base + 3, 2), y, is_async=True)
-    elif ROW == 4:
-        y = warpgroup_mma(x, matrix(below, base, 2), y, is_async=True)
-    elif ROW == 5:
-        y1 = warpgroup_mma(x, matrix(last, base + 3, 1), y1, use_acc=TAP > 0, is_async=True)
-    else:
-        y1 = warpgroup_mma(x, matrix(beyond, base, 1), y1, is_async=True)
-    return y, y0, y1
 
 
 @gluon.jit
@@ -228,15 +230,6 @@ def start_input(ring, top, bottom, w, edges, PIECE_INDEX: gl.constexpr, SHIFT: g
     x = input_row(ring, bottom, 1, SHIFT, PIECE_INDEX, block, S)
     x1 = warpgroup_mma(x, matrix(edges[1], base, 1), x1, is_async=True)
     return x0, x1
-
-
-@gluon.jit
-def joined(y, y0, y1):
-    """Two output rows [block, 16] from what they have in common [block, 32] and the rest of each."""
-    common0, common1 = split_columns(y)
-    y0 += gl.convert_layout(common0, sum_layout(16), assert_trivial=True)
-    y1 += gl.convert_layout(common1, sum_layout(16), assert_trivial=True)
-    return y0, y1
 
 
 @gluon.jit
@@ -331,8 +324,31 @@ def streamed_step(ys, zs, weights, bias, job, jobs, step, PARTITION: gl.constexp
         h = warpgroup_mma_wait(products_after_expand(S, True, True, row), deps=[hs[row]])
         sums = sums + project(activated(h, b, S), weights[1], slot, zs[row], S)
     sums = warpgroup_mma_wait(0, deps=sums)
-    replace_chunk(weights, job, jobs, step + 1, PARTITION, S)
+    if S.by_piece:
+        release_chunk(weights, job, step, S)
+    else:
+        replace_chunk(weights, job, jobs, step + 1, PARTITION, S)
     return sums[: len(S.out_slabs)], sums[len(S.out_slabs) :]
+
+
+@gluon.jit
+def ffn(ys, zs, weights, bias, job, jobs, zero, PARTITION: gl.constexpr, S: gl.constexpr):
+    """Expand, activate and project two rows of slabs `ys`, added to `zs`: the slabs of both, one after the other.
+
+    `zero` is one that the compiler cannot see.
+    """
+    if S.weight_chunks:
+        for step in range(S.steps):
+            zs = streamed_step(ys, zs, weights, bias, job, jobs, step, PARTITION, S)
+        return zs[0] + zs[1]
+    else:
+        hs = start_group(ys[0], ys[1], weights, job, 0, S)
+        zs = ffn_group(0, ys, hs, zs, weights, bias, job, jobs, PARTITION, S)
+        for group in range(1, S.groups):
+            step = group * S.unroll ^ zero  # if it were affine, the compiler would be busy for minutes
+            hs = start_group(ys[0], ys[1], weights, job, step, S)
+            zs = ffn_group(step, ys, hs, zs, weights, bias, job, jobs, PARTITION, S)
+        return warpgroup_mma_wait(0, deps=zs[0] + zs[1])
 
 
 @gluon.jit
@@ -378,22 +394,116 @@ def walk(
             fence_async_shared()
             gl.thread_barrier()  # every warp is done with the first pair, which is replaced
             load_pair(x_desc, ring, full, job + S.stages, first, rows, column, S)
-        if S.weight_chunks:
-            for step in range(S.steps):
-                zs = streamed_step(ys, zs, weights, bias, now, total, step, PARTITION, S)
-            sums = zs[0] + zs[1]
-        else:
-            hs = start_group(ys[0], ys[1], weights, now, 0, S)
-            zs = ffn_group(0, ys, hs, zs, weights, bias, now, total, PARTITION, S)
-            for group in range(1, S.groups):
-                step = group * S.unroll ^ zero  # if it were affine, the compiler would be busy for minutes
-                hs = start_group(ys[0], ys[1], weights, now, step, S)
-                zs = ffn_group(step, ys, hs, zs, weights, bias, now, total, PARTITION, S)
-            sums = warpgroup_mma_wait(0, deps=zs[0] + zs[1])
+        sums = ffn(ys, zs, weights, bias, now, total, zero, PARTITION, S)
         store_row(out_ptr, sums[: len(S.out_slabs)], v, column, rows, images, streams, block, S)
         store_row(out_ptr, sums[len(S.out_slabs) :], v + 1, column, rows, images, streams, block, S)
     for i in gl.static_range(fixed(S.stages - 1)):  # copies into the memory of a program must not outlive it
         wait_for_pair(full, jobs + 1 + i, S)
+
+
+@gluon.jit
+def walk_by_piece(
+    room,
+    weights,
+    taps_and_biases,
+    out_ptr,
+    index,
+    jobs,
+    rows,
+    images,
+    streams,
+    PARTITION: gl.constexpr,
+    S: gl.constexpr,
+):
+    """The same with a piece of the input rows at a time, which loaders bring."""
+    pieces_full_free, halves = room
+    weights_desc, all_chunks, weights_full, weights_used = weights
+    all_taps, bias, out_bias = taps_and_biases
+    first, column = first_row_and_column(index, jobs, S)
+    of_columns = column_weights(column, all_taps.dtype, S)
+    for job in range(0, jobs):
+        # Were it plainly zero, the compiler would keep all addresses of the weights in registers.
+        zero = job >> JOB_BITS
+        w = moved(all_taps, zero)
+        weights = (weights_desc, moved(all_chunks, zero), weights_full, weights_used)
+        v = first + 2 * job
+        y = v % (S.height + 1)
+        tops = (y == 0, y == S.height)
+        edges = edge_taps(w, tops[0].to(gl.int32), tops[1].to(gl.int32))[:4]
+        ys = conv_pieces(pieces_full_free, halves, w, edges, tops, of_columns, job, zero, S)
+        if S.weight_chunks == 0:
+            mbarrier.wait(weights_full.index(0), 0, pred=job == 0)
+        zs = (start_sums((), 0, out_bias, 0, S), start_sums((), 0, out_bias, 0, S))
+        sums = ffn(ys, zs, weights, bias, job, jobs, zero, PARTITION, S)
+        store_row(out_ptr, sums[: len(S.out_slabs)], v, column, rows, images, streams, 0, S)
+        store_row(out_ptr, sums[len(S.out_slabs) :], v + 1, column, rows, images, streams, 0, S)
+
+
+@gluon.jit
+def run_by_piece(x_desc, weights, others, out_ptr, index, jobs, rows, images, streams, S: gl.constexpr):
+    """All of a program but its weights: two partitions and their loaders."""
+    dtype: gl.constexpr = x_desc.dtype
+    weights = (weights[0], weights[1], weights[2], new_chunk_barriers(S))
+    room0 = (new_pieces(dtype, S), new_neighbours(dtype, S))
+    room1 = (new_pieces(dtype, S), new_neighbours(dtype, S))
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
+    wait_for_previous_kernel()
+    gl.thread_barrier()
+    if S.weight_chunks:
+        gl.warp_specialize(
+            [
+                (walk_by_piece, (room0, weights, others, out_ptr, index, jobs, rows, images, streams, 0, S)),
+                (walk_by_piece, (room1, weights, others, out_ptr, index + 1, jobs, rows, images, streams, 1, S)),
+                (load_pieces, (x_desc, room0[0], index, jobs, rows, S)),
+                (load_pieces, (x_desc, room1[0], index + 1, jobs, rows, S)),
+                (load_chunks, (weights, jobs, S)),
+            ],
+            [gl.num_warps(), 1, 1, 1],
+            [WORKER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (walk_by_piece, (room0, weights, others, out_ptr, index, jobs, rows, images, streams, 0, S)),
+                (walk_by_piece, (room1, weights, others, out_ptr, index + 1, jobs, rows, images, streams, 1, S)),
+                (load_pieces, (x_desc, room0[0], index, jobs, rows, S)),
+                (load_pieces, (x_desc, room1[0], index + 1, jobs, rows, S)),
+            ],
+            [gl.num_warps(), 1, 1],
+            [WORKER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
+        )
+
+
+@gluon.jit
+def run_with_rings(x_desc, weights, others, out_ptr, index, jobs, rows, images, streams, S: gl.constexpr):
+    """All of a program but its weights, with a ring of whole rows for each partition."""
+    dtype: gl.constexpr = x_desc.dtype
+    rings = ()
+    for _ in gl.static_range(fixed(S.partitions)):
+        rings = rings + (new_ring(dtype, S) + (new_buffers(dtype, S),),)
+    fence_async_shared()
+    gl.thread_barrier()
+    wait_for_previous_kernel()
+    for pair in gl.static_range(fixed(S.stages)):
+        for p in gl.static_range(fixed(S.partitions)):
+            first, column = first_row_and_column(index + p, jobs, S)
+            load_pair(x_desc, rings[p][0], rings[p][1], pair, first, rows, column, S)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
+    if S.partitions == 1:
+        walk(rings[0], weights, others, x_desc, out_ptr, index, jobs, rows, images, streams, 0, S)
+    else:
+        gl.warp_specialize(
+            [
+                (walk, (rings[0], weights, others, x_desc, out_ptr, index, jobs, rows, images, streams, 0, S)),
+                (walk, (rings[1], weights, others, x_desc, out_ptr, index + 1, jobs, rows, images, streams, 1, S)),
+            ],
+            [gl.num_warps()],
+            [WORKER_REGISTERS],
+        )
 
 
 @gluon.jit(do_not_specialize=["rows", "jobs", "images", "streams"])
@@ -413,32 +523,12 @@ def convfirst_down_hopper_kernel(
     w, chunks, bias, weights_full, weights_free = load_weights(weights_ptr, weights_desc, dtype, S)
     out_bias = load_out_bias(project_bias_ptr, dtype, S)
     index = gl.program_id(0) * S.partitions
-    rings = ()
-    for _ in gl.static_range(fixed(S.partitions)):
-        rings = rings + (new_ring(dtype, S) + (new_buffers(dtype, S),),)
-    fence_async_shared()
-    gl.thread_barrier()
-    wait_for_previous_kernel()
-    for pair in gl.static_range(fixed(S.stages)):
-        for p in gl.static_range(fixed(S.partitions)):
-            first, column = first_row_and_column(index + p, jobs, S)
-            load_pair(x_desc, rings[p][0], rings[p][1], pair, first, rows, column, S)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    gl.thread_barrier()
     weights = (weights_desc, chunks, weights_full, weights_free)
     others = (w, bias, out_bias)
-    if S.partitions == 1:
-        walk(rings[0], weights, others, x_desc, out_ptr, index, jobs, rows, images, streams, 0, S)
+    if S.by_piece:
+        run_by_piece(x_desc, weights, others, out_ptr, index, jobs, rows, images, streams, S)
     else:
-        gl.warp_specialize(
-            [
-                (walk, (rings[0], weights, others, x_desc, out_ptr, index, jobs, rows, images, streams, 0, S)),
-                (walk, (rings[1], weights, others, x_desc, out_ptr, index + 1, jobs, rows, images, streams, 1, S)),
-            ],
-            [gl.num_warps()],
-            [WORKER_REGISTERS],
-        )
+        run_with_rings(x_desc, weights, others, out_ptr, index, jobs, rows, images, streams, S)
 
 
 def constants(
@@ -472,6 +562,7 @@ def constants(
         chunk_shapes=tile.chunk_shapes(in_channels, out_channels),
         unit=tile.unit(out_channels),
         unroll=tile.unroll(hidden_channels),
+        by_piece=tile.by_piece == 1,
     )
 
 

@@ -14,25 +14,13 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from fusion import kernels, reference
-from fusion.edge_weights import HeadWeights, StemWeights
-from fusion.ffn_weights import FfnWeights
+from fusion import kernels
 from fusion.kernels import Weights
-from fusion.mbconv_weights import MBConvWeights
 from fusion.planner.families import Tile, family_named, family_of
-from fusion.planner.match import (
-    BlockShape,
-    ConvFirstDownShape,
-    ConvFirstShape,
-    FfnShape,
-    HeadShape,
-    MBConvDownShape,
-    MBConvShape,
-    StemShape,
-)
+from fusion.planner.match import BlockShape, HeadShape
 from fusion.reference import ERROR_FACTOR, relative_error
 from fusion.timing import STAGE_DEPTH, graph_us
-from fusion.weights import ConvFirstWeights
+from fusion.tuner.block_kinds import apply_reference, random_weights
 
 CHECKED_IMAGES = 2
 
@@ -70,11 +58,11 @@ class Bench:
 
     @cached_property
     def expected(self) -> Tensor:
-        return self._reference(self.checked.double())
+        return apply_reference(self.checked.double(), self.weights[0], self.shape)
 
     @cached_property
     def eager_error(self) -> float:
-        return relative_error(self._reference(self.checked), self.expected)
+        return relative_error(apply_reference(self.checked, self.weights[0], self.shape), self.expected)
 
     def error(self, tile: Tile) -> float:
         """Relative error of the first and last images.
@@ -128,65 +116,10 @@ class Bench:
             packed,
             out,
             tile,
-            hidden_channels=getattr(shape, "hidden_channels", 0),
+            weights,
             activation=shape.activation,
             residual=getattr(shape, "residual", False),
         )
-
-    def _reference(self, x: Tensor) -> Tensor:
-        weights = self.weights[0]
-        tensors = (tensor.to(x.device) for tensor in vars(weights).values())
-        if isinstance(self.shape, ConvFirstDownShape):
-            return reference.convfirst_down(x, *tensors, self.shape.activation)
-        if isinstance(self.shape, MBConvDownShape):
-            return reference.mbconv_down(x, *tensors, self.shape.activation)
-        if isinstance(self.shape, StemShape | HeadShape):
-            run = reference.stem if isinstance(self.shape, StemShape) else reference.head
-            return run(x, *tensors, self.shape.activation)
-        rest = self.shape.activation, self.shape.residual
-        if isinstance(weights, FfnWeights):
-            return reference.ffn(x, *tensors, *rest)
-        if isinstance(weights, MBConvWeights):
-            return reference.mbconv(x, *tensors, *rest)
-        return reference.convfirst(x, *tensors, *rest)
-
-
-def random_weights(shape: BlockShape, generator: torch.Generator) -> Weights:
-    """Weights that keep the scale of the activations from block to block."""
-
-    def normal(*size: int, fan_in: float) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64) / fan_in**0.5
-
-    if isinstance(shape, StemShape):
-        conv = normal(shape.out_channels, shape.in_channels, 3, 3, fan_in=9 * shape.in_channels)
-        return StemWeights(conv, normal(shape.out_channels, fan_in=10))
-    if isinstance(shape, HeadShape):
-        conv = normal(shape.out_channels, shape.in_channels, fan_in=shape.in_channels)
-        return HeadWeights(conv, normal(shape.out_channels, fan_in=10))
-    hidden = shape.hidden_channels
-    expanded = (2 if isinstance(shape, ConvFirstDownShape) else 1) * shape.in_channels
-    ffn = FfnWeights(
-        expand=normal(hidden, expanded, fan_in=expanded),
-        expand_bias=normal(hidden, fan_in=10),
-        # A small share of the sum: eight residual blocks in a row should not grow.
-        project=normal(shape.out_channels, hidden, fan_in=8 * hidden),
-        project_bias=normal(shape.out_channels, fan_in=100),
-    )
-    if isinstance(shape, FfnShape):
-        return ffn
-    convolved = hidden if isinstance(shape, MBConvShape | MBConvDownShape) else shape.in_channels
-    conv = normal(convolved, shape.group_width, 3, 3, fan_in=9 * shape.group_width)
-    if isinstance(shape, ConvFirstShape | ConvFirstDownShape):
-        return ConvFirstWeights(conv, **vars(ffn))
-    return MBConvWeights(
-        **vars(ffn),
-        conv=conv,
-        conv_bias=normal(hidden, fan_in=10),
-        squeeze=normal(shape.squeeze_channels, hidden, fan_in=hidden),
-        squeeze_bias=normal(shape.squeeze_channels, fan_in=10),
-        excite=normal(hidden, shape.squeeze_channels, fan_in=shape.squeeze_channels),
-        excite_bias=normal(hidden, fan_in=10),
-    )
 
 
 def answer(shape: dict, kernel: str, tile: list[int], compile_only: bool, device: str) -> dict:

@@ -69,7 +69,8 @@ def test_parts_count_the_same_ops_as_the_layers_of_the_model():
 def test_parts_are_those_of_the_fused_network(batch, size):
     """What is tuned ahead must be what the fused network asks for."""
     model = create_model("convfirstnet_pico").eval()
-    units = network_units(fuse(model))
+    (first, *units) = network_units(fuse(model))
+    units = [first.stem, first.block, *units]
     parts = network_parts(CONFIGS["convfirstnet_pico"], batch, size)
     assert len(units) == len(parts)
     assert sum(isinstance(unit, FusedBlock) for unit in units) == len(parts) - 1, "all but the classifier"

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from fusion.down_modules import FusedConvFirstDown
+from fusion.down_modules import FusedConvFirstDown, FusedMBConvDown
 from fusion.edge_modules import FusedHead, FusedStem
-from fusion.mbconv_down_module import FusedMBConvDown
 from fusion.modules import FusedBlock, FusedConvFirst, FusedMBConv
 from fusion.planner.plan import PlanError
+from fusion.stem_convfirst_module import FusedStemConvFirst
 from models import ConvFirst, MBConv, create_model, fuse_blocks
 
 
@@ -28,10 +28,12 @@ def test_create_model_fuses_every_block(name, caplog):
     with caplog.at_level(logging.WARNING):
         model = create_model(name, num_classes=10, fused=True)
     twins = {name: type(module) for name, module in model.module.named_modules() if isinstance(module, FusedBlock)}
-    expected = {"stem": FusedStem, "head": FusedHead}
+    expected = {"head": FusedHead}
     for stage, depth in enumerate(model.config.depths):
         same, down = (FusedConvFirst, FusedConvFirstDown) if stage < 3 else (FusedMBConv, FusedMBConvDown)
         expected |= {f"stages.{stage}.{i}": down if stage and not i else same for i in range(depth)}
+    first = {"stem": FusedStem, "block": expected.pop("stages.0.0"), "together": FusedStemConvFirst}
+    expected |= {f"stages.0.0.{name}": twin for name, twin in first.items()}
     assert twins == expected
     assert not model.left_eager and not caplog.text
     assert not model.training

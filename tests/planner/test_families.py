@@ -2,7 +2,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from fusion.planner.blocks import conv, convfirst, ffn, head, mbconv
+from fusion.planner.blocks import conv, convfirst, ffn, head, mbconv, stem_convfirst
 from fusion.planner.convfirst_down_tile import ConvFirstDownTile
 from fusion.planner.families import (
     CONVFIRST_DOWN,
@@ -28,6 +28,7 @@ from fusion.planner.match import (
     match_mbconv,
     match_mbconv_down,
     match_stem,
+    match_stem_convfirst,
 )
 from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
@@ -70,6 +71,15 @@ SHAPES += [
         ((128, 256, 256, 3, 32), {"activation": "relu"}),
         ((4, 19, 23, 1, 24), {}),
         ((1, 8, 8, 64, 128), {}),
+    )
+]
+SHAPES += [
+    match_stem_convfirst(stem_convfirst(*sizes, **options))
+    for sizes, options in (
+        ((128, 256, 256, 3, 24, 3), {}),
+        ((4, 18, 24, 3, 16, 3), {"out_channels": 24}),
+        ((4, 18, 24, 3, 16, 3), {"activation": "silu"}),
+        ((1, 8, 260, 3, 16, 3), {}),
     )
 ]
 SHAPES += [

@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from fusion.planner import convfirst_down_tile, ffn_tile, hopper_tile, mbconv_down_tile, mbconv_hopper_tile, mbconv_tile
+from fusion.planner import (
+    convfirst_down_hopper_tile,
+    convfirst_down_tile,
+    ffn_tile,
+    hopper_tile,
+    mbconv_down_tile,
+    mbconv_hopper_tile,
+    mbconv_tile,
+)
 from fusion.planner.blocks import convfirst, ffn, mbconv
+from fusion.planner.convfirst_down_hopper_tile import ConvFirstDownHopperTile
 from fusion.planner.convfirst_down_tile import ConvFirstDownTile
+from fusion.planner.families import FAMILIES
 from fusion.planner.ffn_tile import BLOCK_PIXELS, PARTITIONS, FfnTile
 from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.match import match_convfirst, match_convfirst_down, match_ffn, match_mbconv, match_mbconv_down
@@ -28,13 +38,8 @@ from fusion.planner.tile import (
     tensor_memory_columns,
 )
 from fusion.triton_kernels import convfirst_hopper, mbconv_hopper
-from fusion.triton_kernels.ahead import (
-    PROCESSOR_OF_CAPABILITY,
-    compile_convfirst,
-    compile_convfirst_hopper,
-    compile_mbconv_hopper,
-    main,
-)
+from fusion.triton_kernels.ahead import PROCESSOR_OF_CAPABILITY, compile_block, main
+from fusion.triton_kernels.ahead_sources import RECIPES
 
 BLOCKS = [(64, 6, 64), (48, 6, 64), (24, 3, 64), (16, 3, 128)]
 TILE = ConvFirstTile(8, 16, 32, 32, 4)
@@ -130,6 +135,31 @@ def down_rows(tile):
     return rows
 
 
+@pytest.mark.parametrize(
+    "block, tile",
+    [
+        ((32, 6, 128), (64, 32, 2, 2, 1, 32, 3)),
+        ((16, 6, 128), (64, 32, 2, 1, 3, 16, 0)),
+        ((24, 6, 128), (64, 32, 2, 2, 1, 16, 0, 1)),
+        ((32, 6, 128), (64, 64, 2, 2, 1, 16, 2, 1)),
+    ],
+    ids=str,
+)
+def test_resources_of_the_stride_2_kernel_for_hopper(block, tile):
+    """Nothing spills, products are not serialised, and the planner knows the shared memory."""
+    options = ["--convfirst-down-hopper-tile", ",".join(map(str, tile))]
+    (row,) = json.loads(run_main("--json", "--block", ",".join(map(str, block)), *options))
+    assert (tuple(row["block"]), row["kernel"]) == (block, "convfirst_down_hopper")
+    channels, expansion, size = block
+    shape = match_convfirst_down(convfirst(128, size, size, channels, expansion, out_channels=2 * channels, stride=2))
+    tile, processor = ConvFirstDownHopperTile(*tile), PROCESSORS["h200"]
+    assert convfirst_down_hopper_tile.why_invalid(tile, shape, processor) is None
+    assert row["hgmma"] > 0 and row["hmma"] == 0 and row["warpgroup"] < 1.5 * row["hgmma"], row
+    assert row["stack_bytes"] == 0, row
+    spare = convfirst_down_hopper_tile.local_memory_bytes(tile, shape, processor) - row["shared_bytes"]
+    assert 0 <= spare <= (tile.partitions - 1) * hopper_tile.PARTITION_BYTES, row
+
+
 @dataclass(frozen=True)
 class HopperCase:
     tile: HopperTile
@@ -191,14 +221,19 @@ def test_the_planned_tile_is_compiled_and_printed_as_a_table():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled in this process")
 def test_interpreted_kernels_cannot_be_compiled():
-    for compile_kernel, tile in (
-        (compile_convfirst, TILE),
-        (compile_convfirst_hopper, HopperTile(64, 64, 2, 2, 1, 64, 0)),
+    for shape, tile in (
+        (shape_of(BLOCKS[0]), TILE),
+        (shape_of(BLOCKS[0]), HopperTile(64, 64, 2, 2, 1, 64, 0)),
+        (match_mbconv(mbconv(1, 8, 8, 16, 4)), MBConvHopperTile(1, 4, 32, 4)),
     ):
         with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1.*unset it before Triton is imported"):
-            compile_kernel(shape_of(BLOCKS[0]), tile)
-    with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1"):
-        compile_mbconv_hopper(match_mbconv(mbconv(1, 8, 8, 16, 4)), MBConvHopperTile(1, 4, 32, 4))
+            compile_block(shape, tile)
+
+
+def test_every_family_has_a_recipe():
+    assert set(RECIPES) == {family.name for family in FAMILIES}
+    options = [recipe.option for recipe in RECIPES.values()]
+    assert len(set(options)) == len(options)
 
 
 @pytest.mark.parametrize(
@@ -321,10 +356,12 @@ def mbconv_products(tile, shape):
 def test_unsupported_blocks_are_refused():
     shape = match_convfirst(convfirst(1, 8, 8, 16, 3, dtype="float32"))
     with pytest.raises(ValueError, match=r"does not run .*dtype float32 is not supported, use one of float16"):
-        compile_convfirst(shape, TILE)
+        compile_block(shape, TILE)
     shape = match_convfirst(convfirst(1, 8, 8, 16, 3, activation="silu"))
     with pytest.raises(ValueError, match=r"does not run .*activation silu is not supported, use relu"):
-        compile_convfirst_hopper(shape, HopperTile(64, 64, 2, 2, 1, 64, 0))
+        compile_block(shape, HopperTile(64, 64, 2, 2, 1, 64, 0))
+    with pytest.raises(ValueError, match=r"does not run .*HopperTile is for compute capability 9.0 only"):
+        compile_block(shape_of(BLOCKS[0]), HopperTile(64, 64, 2, 2, 1, 64, 0), (8, 0))
     for options, tile, message in (
         ({"group_width": 16}, (1, 4, 32, 4), "kernel size 3 with group width 16 is not supported, use 3 and 8"),
         ({}, (1, 3, 32, 4), "piece=3 is not one of 1, 2, 4"),
@@ -332,7 +369,7 @@ def test_unsupported_blocks_are_refused():
         ({}, (2, 2, 32, 4), "4 columns of each of 2 bands cannot be computed 2 at a time"),
     ):
         with pytest.raises(ValueError, match=f"does not run .*{message}"):
-            compile_mbconv_hopper(match_mbconv(mbconv(1, 8, 8, 16, 4, **options)), MBConvHopperTile(*tile))
+            compile_block(match_mbconv(mbconv(1, 8, 8, 16, 4, **options)), MBConvHopperTile(*tile))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ pytestmark = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute ca
 
 SMALL = ConvFirstDownHopperTile(pixels=64, hidden=16, stages=2, partitions=1, programs=1, slab=16, weight_chunks=0)
 STREAMED = replace(SMALL, hidden=32, partitions=2, weight_chunks=2)
+PIECES = replace(SMALL, hidden=32, partitions=2, by_piece=1)
+"""16 channels at a time, with weights that stay."""
+STREAMED_PIECES = replace(PIECES, weight_chunks=2)
 FEW_PROCESSORS = 2
 """With so few, a program has more rows than its ring holds, even of small images."""
 SAMPLED = 12
@@ -78,12 +81,29 @@ CASES = [
     Case(32, 192, 48, size=(64, 64), batch=8, tile=ConvFirstDownHopperTile(64, 32, 2, 2, 1, 32, 3)),
     Case(32, 192, 64, size=(128, 128), batch=4, tile=ConvFirstDownHopperTile(64, 32, 2, 2, 1, 32, 3)),
     Case(24, 144, 48, size=(128, 128), batch=4, tile=ConvFirstDownHopperTile(64, 32, 2, 2, 1, 32, 3)),
+    *(Case(channels, 2 * channels, channels, tile=PIECES) for channels in (8, 16, 24, 32, 48)),
+    *(Case(channels, 96, 24, tile=STREAMED_PIECES) for channels in (8, 16, 24, 40, 48, 64)),
+    *(Case(24, 64, 48, size=(6, width), tile=PIECES) for width in WIDTHS),
+    *(Case(48, 96, 24, size=(6, width), tile=STREAMED_PIECES) for width in WIDTHS),
+    *(Case(32, 64, 16, size=(height, 14), batch=1, tile=PIECES) for height in HEIGHTS),
+    *(Case(48, 96, 24, size=(height, 34), tile=STREAMED_PIECES) for height in HEIGHTS),
+    *(Case(24, 48, 16, size=(6, width), batch=batch, tile=PIECES) for batch in (1, 2, 7, 9) for width in (8, 16, 64)),
+    *(Case(16, 96, 32, size=(34, 66), tile=replace(PIECES, stages=stages)) for stages in (2, 3)),
+    *(Case(48, 288, 72, size=(34, 66), tile=replace(STREAMED_PIECES, weight_chunks=chunks)) for chunks in (2, 3)),
+    Case(32, 192, 48, size=(64, 64), batch=8, tile=PIECES),
+    Case(24, 144, 48, size=(128, 128), batch=4, tile=PIECES),
+    Case(32, 192, 64, size=(128, 128), batch=4, tile=PIECES),
+    Case(48, 288, 64, size=(64, 64), batch=8, tile=STREAMED_PIECES),
+    Case(48, 288, 72, size=(64, 64), batch=8, tile=STREAMED_PIECES),
+    Case(64, 384, 96, size=(64, 64), batch=8, tile=STREAMED_PIECES),
     *(
         replace(case, dtype=torch.bfloat16)
         for case in (
             Case(24, 40, 24),
             Case(16, 96, 32, size=(34, 130), tile=tile(hidden=32, stages=3, programs=2)),
             Case(32, 192, 48, size=(64, 64), batch=3, tile=ConvFirstDownHopperTile(64, 32, 2, 2, 1, 32, 3)),
+            Case(24, 144, 48, size=(34, 130), tile=PIECES),
+            Case(64, 384, 96, size=(64, 64), batch=3, tile=STREAMED_PIECES),
         )
     ),
 ]
@@ -143,7 +163,11 @@ def test_against_the_reference(case, random_weights, assert_within_rule, few_pro
     assert torch.equal(run_kernel(x, weights, case), out)
 
 
-@pytest.mark.parametrize("case", CASES[:5], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES[:5], *(Case(24, 96, 24, size=(10, width), tile=PIECES) for width in (8, 14, 40, 66, 128, 200))],
+    ids=str,
+)
 def test_every_pixel(case, random_weights):
     """Edges weigh little in a norm over the whole image: each pixel is compared by itself."""
     weights, x = down_weights(random_weights, case), case.input()
@@ -154,7 +178,13 @@ def test_every_pixel(case, random_weights):
 
 @pytest.mark.parametrize(
     "case",
-    [Case(16, 96, 32, (128, 128), 16), Case(32, 192, 48, (64, 64), 16), Case(24, 144, 48, (48, 150), 5)],
+    [
+        Case(16, 96, 32, (128, 128), 16),
+        Case(32, 192, 48, (64, 64), 16),
+        Case(24, 144, 48, (48, 150), 5),
+        Case(48, 288, 72, (64, 64), 16),
+        Case(64, 384, 96, (64, 64), 16),
+    ],
     ids=str,
 )
 def test_candidate_tiles(case, random_weights, assert_within_rule):
@@ -171,7 +201,7 @@ def test_candidate_tiles(case, random_weights, assert_within_rule):
     assert tiles and not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("tile", [SMALL, STREAMED], ids=str)
+@pytest.mark.parametrize("tile", [SMALL, STREAMED, PIECES, STREAMED_PIECES], ids=str)
 def test_reads_and_writes_its_own_images_only(tile, random_weights):
     """What lies before and after the images in memory is neither read nor written."""
     case = Case(24, 96, 24, size=(6, 10), batch=4, tile=tile)
@@ -183,14 +213,15 @@ def test_reads_and_writes_its_own_images_only(tile, random_weights):
     assert out[[0, 3]].isnan().all()
 
 
+@pytest.mark.parametrize("tile", [SMALL, PIECES, STREAMED_PIECES], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("image", [0, 3, 6])
 @pytest.mark.parametrize("width", [8, 32, 74])
 @pytest.mark.parametrize("height", [6, 8])
-def test_what_is_not_finite_stays_in_its_image(height, width, image, value, random_weights, few_processors):
+def test_what_is_not_finite_stays_in_its_image(height, width, image, value, tile, random_weights, few_processors):
     """Whatever is before, after or beside it in the batch, in a stream or in the ring."""
     few_processors()
-    case = Case(24, 96, 24, size=(height, width), batch=7)
+    case = Case(24, 96, 24, size=(height, width), batch=7, tile=tile)
     weights, x = down_weights(random_weights, case), case.input()
     expected = run_kernel(x, weights, case)
     x[image] = value
@@ -200,10 +231,11 @@ def test_what_is_not_finite_stays_in_its_image(height, width, image, value, rand
     assert out[image].isnan().all(), "zero weights, or sums of both signs"
 
 
+@pytest.mark.parametrize("tile", [SMALL, PIECES], ids=str)
 @pytest.mark.parametrize("row, column", [(0, 0), (0, 7), (3, 6), (4, -1), (7, -1), (9, 0), (9, 7)])
 @pytest.mark.parametrize("width", [8, 14, 34, 200])
-def test_what_is_not_finite_reaches_as_far_as_convolution_and_blur(width, row, column, random_weights):
-    case = Case(24, 96, 24, size=(10, width))
+def test_what_is_not_finite_reaches_as_far_as_convolution_and_blur(width, row, column, tile, random_weights):
+    case = Case(24, 96, 24, size=(10, width), tile=tile)
     weights, x = down_weights(random_weights, case), case.input()
     expected = run_kernel(x, weights, case)
     x[1, :, row, column] = float("nan")
@@ -216,9 +248,10 @@ def test_what_is_not_finite_reaches_as_far_as_convolution_and_blur(width, row, c
     assert out[1][:, near].isnan().all()
 
 
-def test_back_to_back_launches_do_not_race(random_weights):
+@pytest.mark.parametrize("tile", [tile(hidden=32, programs=3), PIECES], ids=str)
+def test_back_to_back_launches_do_not_race(tile, random_weights):
     """A kernel may start before the one ahead of it has finished."""
-    case = Case(16, 96, 16, size=(128, 128), batch=8, tile=tile(hidden=32, programs=3))
+    case = Case(16, 96, 16, size=(128, 128), batch=8, tile=tile)
     weights, x = down_weights(random_weights, case), case.input()
     packed = pack_convfirst_down_hopper(weights, case.tile, x.dtype, x.device).tensors()
 

@@ -145,8 +145,7 @@ def empty_output(x, channels):
 def run_kernel(x, weights, case, packed=None, out=None):
     packed = packed or weights.pack_hopper(case.tile, x.dtype, x.device)
     out = empty_output(x, weights.out_channels) if out is None else out
-    sizes = {"hidden_channels": case.hidden, "activation": "relu", "residual": case.residual}
-    kernels.launch(x, packed, out, case.tile, **sizes)
+    kernels.launch(x, packed, out, case.tile, weights, activation="relu", residual=case.residual)
     return out
 
 

@@ -13,7 +13,7 @@ from fusion.planner.match import MBConvDownShape
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile, local_memory_bytes, why_invalid
 from fusion.planner.mbconv_hopper_tile import COMPILER_BYTES
 from fusion.planner.processor import PROCESSORS
-from fusion.triton_kernels.ahead import compile_mbconv_down_hopper
+from fusion.triton_kernels.ahead import compile_block
 from fusion.triton_kernels.mbconv_down_hopper_spec import constants
 
 ROOT = Path(__file__).parents[2]
@@ -22,9 +22,10 @@ import json, sys
 from dataclasses import asdict
 from fusion.planner.match import MBConvDownShape
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
-from fusion.triton_kernels.ahead import compile_mbconv_down_hopper
+from fusion.triton_kernels.ahead import compile_block
 shape, tile = json.loads(sys.argv[1])
-print(json.dumps(asdict(compile_mbconv_down_hopper(MBConvDownShape(*shape), MBConvDownHopperTile(*tile)))))
+(resources,) = compile_block(MBConvDownShape(*shape), MBConvDownHopperTile(*tile)).values()
+print(json.dumps(asdict(resources)))
 """
 
 
@@ -102,12 +103,12 @@ def products(tile, shape):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled in this process")
 def test_interpreted_kernels_cannot_be_compiled():
     with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1"):
-        compile_mbconv_down_hopper(CASES[0].shape, MBConvDownHopperTile(32, 6, 1))
+        compile_block(CASES[0].shape, MBConvDownHopperTile(32, 6, 1))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 def test_unsupported_blocks_are_refused():
     with pytest.raises(ValueError, match=r"does not run .*height and width must be even"):
-        compile_mbconv_down_hopper(Case(24, 24, (15, 16), (32, 6, 1)).shape, MBConvDownHopperTile(32, 6, 1))
+        compile_block(Case(24, 24, (15, 16), (32, 6, 1)).shape, MBConvDownHopperTile(32, 6, 1))
     with pytest.raises(ValueError, match=r"does not run .*step=16 is not one of 32, 64"):
-        compile_mbconv_down_hopper(CASES[0].shape, MBConvDownHopperTile(16, 6, 1))
+        compile_block(CASES[0].shape, MBConvDownHopperTile(16, 6, 1))

@@ -2,18 +2,20 @@
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 import pytest
 import torch
 
 from fusion import kernels
+from fusion.down_modules import FusedMBConvDown
 from fusion.mbconv_down_hopper_op import mbconv_down_hopper as mbconv_down_hopper_op
-from fusion.mbconv_down_module import FusedMBConvDown
 from fusion.planner.blocks import mbconv as mbconv_graph
 from fusion.planner.match import match_mbconv_down
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile, candidate_tiles, why_invalid
 from fusion.planner.mbconv_hopper_tile import LOCAL_MEMORY_BYTES
+from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
 from fusion.reference import mbconv_down
 from fusion.triton_kernels import mbconv_down_hopper
@@ -184,8 +186,7 @@ def empty_output(x, channels):
 def run_kernel(x, weights, case, packed=None, out=None):
     packed = packed or kernels.pack(weights, case.planned, x.dtype, x.device)
     out = empty_output(x, weights.out_channels) if out is None else out
-    sizes = {"hidden_channels": case.hidden, "activation": case.activation, "residual": False}
-    kernels.launch(x, packed, out, case.planned, **sizes)
+    kernels.launch(x, packed, out, case.planned, weights, activation=case.activation, residual=False)
     return out
 
 
@@ -415,7 +416,7 @@ def test_two_streams_at_once(random_mbconv_weights):
 def test_a_module_takes_the_kernel(dtype, channels, out_channels, size, random_mbconv_weights, assert_within_rule):
     case = Case(channels, 4 * channels, out_channels, (size, size), batch=5, dtype=dtype)
     weights, x = case.weights(random_mbconv_weights), case.input()
-    fused = FusedMBConvDown(weights, activation="silu")
+    fused = FusedMBConvDown(weights, activation="silu", tuner=partial(plan_block, kernel="mbconv_down_hopper"))
     plan = fused.plan(x)
     assert plan.kernel == "mbconv_down_hopper" and isinstance(plan.tile, MBConvDownHopperTile)
     out = fused(x)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -13,6 +14,7 @@ from fusion.mbconv_weights import MBConvWeights
 from fusion.planner.blocks import mbconv as mbconv_graph
 from fusion.planner.match import match_mbconv
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile, candidate_tiles, why_invalid
+from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
 from fusion.reference import mbconv
 from fusion.triton_kernels import mbconv_hopper
@@ -183,8 +185,7 @@ def empty_output(x, channels):
 def run_kernel(x, weights, case, packed=None, out=None):
     packed = packed or kernels.pack(weights, case.planned, x.dtype, x.device)
     out = empty_output(x, weights.out_channels) if out is None else out
-    sizes = {"hidden_channels": case.hidden, "activation": case.activation, "residual": case.residual}
-    kernels.launch(x, packed, out, case.planned, **sizes)
+    kernels.launch(x, packed, out, case.planned, weights, activation=case.activation, residual=case.residual)
     return out
 
 
@@ -474,7 +475,7 @@ def test_a_module_takes_the_kernel(dtype, channels, size, assert_within_rule):
     for bn in (block.expand_bn, block.conv_bn, block.project_bn):
         bn.running_mean.normal_()
         bn.running_var.uniform_(0.5, 2.0)
-    fused = block.fused()
+    fused = block.fused(partial(plan_block, kernel="mbconv_hopper"))
     x = torch.randn(5, channels, size, size).to("cuda", dtype)
     plan = fused.plan(x)
     assert plan.kernel == "mbconv_hopper" and isinstance(plan.tile, MBConvHopperTile)

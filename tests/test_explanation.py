@@ -127,6 +127,7 @@ def test_measuring_needs_a_gpu(network):
 def test_measured_on_a_gpu(small_network):
     fused = fusion.fuse(small_network().cuda(), dtype=torch.half)
     explanation = fused.explain(torch.randn(2, 3, 64, 64, device="cuda", dtype=torch.half), measure=True)
-    assert all(row.measured_us > 0 for row in explanation.rows)
+    ran = [row for row in explanation.rows if row.note != NOT_RUN]
+    assert len(ran) > 8 and all(row.measured_us > 0 for row in ran)
     assert explanation.network_us > 0
     assert f"the whole network, measured: {explanation.network_us:.1f} us" in str(explanation)

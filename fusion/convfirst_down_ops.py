@@ -140,15 +140,18 @@ def _on_cpu(
     activation: str,
     tile: ConvFirstDownTile,
 ) -> Tensor:
-    batch, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     slabs = tile.in_slabs(channels)
     taps = unpack_taps(conv, slabs, channels, group_width).to(x.dtype)
-    y = x.new_empty(batch, channels, (height + 1) // 2, (width + 1) // 2)
-    for border, (top, rows, left, columns) in enumerate(regions(height, width)):
-        if rows and columns:
-            region = ..., slice(top, top + rows), slice(left, left + columns)
-            everywhere = F.conv2d(x, taps[border], stride=2, padding=2, groups=channels // group_width)
-            y[region] = everywhere[region]
+    kinds = regions(height, width)
+
+    def convolved(border: int) -> Tensor:
+        top, rows, left, columns = kinds[border]
+        everywhere = F.conv2d(x, taps[border], stride=2, padding=2, groups=channels // group_width)
+        return everywhere[..., top : top + rows, left : left + columns]
+
+    # Regions are told as inner, first and last ones.
+    y = torch.cat([torch.cat([convolved(3 * row + column) for column in (1, 0, 2)], 3) for row in (1, 0, 2)], 2)
     out = reference.ffn(
         torch.cat([reference.blur_pool(x), y], dim=1),
         unpack_expand(expand, slabs, channels)[:, :hidden_channels].T,

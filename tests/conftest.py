@@ -5,9 +5,14 @@ import os
 import pytest
 import torch
 
+from fusion.interpreter import interpret_kernels
+
 if not torch.cuda.is_available():
-    # Triton reads it when it is imported. So this module imports what imports Triton inside of its fixtures only.
-    os.environ["TRITON_INTERPRET"] = "1"
+    # Before anything imports Triton. So this module imports what does inside of its fixtures only.
+    interpret_kernels()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers are as many as cores: more threads would only wait for each other.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -241,6 +241,7 @@ def test_a_fresh_process_needs_the_classes_only(small_network, path):
     fused.save(path)
     script = f"""
 import sys, torch, fusion
+assert callable(fusion.fuse)
 try:
     fusion.load({str(path)!r})
 except ValueError as error:

@@ -5,7 +5,6 @@ and prints the plan and its prediction, and times nothing.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -108,8 +107,10 @@ def run(command: BlockCommand, args: argparse.Namespace) -> int:
 
         meta, rows = measure_blocks(blocks, args, PROTOCOL_GPU)
     else:
-        # Before anything imports triton: it reads the variable once.
-        os.environ["TRITON_INTERPRET"] = "1"
+        from fusion.interpreter import interpret_kernels
+
+        # Before anything imports Triton.
+        interpret_kernels()
         from fusion.bench.unmeasured import check_blocks, print_blocks
 
         meta, rows = check_blocks(blocks, args, PROTOCOL_CPU.format(checked=command.checked_on_cpu))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusion.bench.__main__ import main
+
 ROOT = Path(__file__).resolve().parents[2]
 HAS_GPU = torch.cuda.is_available()
 CONTRACT = {
@@ -80,7 +82,6 @@ def test_the_picture_is_drawn(two_blocks):
     ("arguments", "message"),
     [
         (["--block", "16,3"], "is not C,ALPHA,HW"),
-        (["--block", "12,3,8", "--no-tune"], "use a multiple of 8"),
         (["--batch", "0"], "'0' is not a positive integer"),
         (["--dtype", "float64"], "invalid choice: 'float64'"),
         (["--processor", "abacus"], "invalid choice: 'abacus'"),
@@ -95,11 +96,16 @@ def test_a_mistake_gets_one_clear_line(arguments, message):
     assert "Traceback" not in result.stderr
 
 
+def test_a_block_that_no_kernel_runs_gets_one_clear_line(capsys):
+    assert main(["convfirst", "--block", "12,3,8", "--no-tune"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()  # after a progress bar
+    assert line.startswith("fusion.bench: error: ") and "use a multiple of 8" in line
+
+
 @pytest.mark.skipif(HAS_GPU, reason="for machines without a GPU")
-def test_bfloat16_needs_a_gpu():
-    result = run("--dtype", "bfloat16")
-    assert result.returncode == 2
-    assert "needs a GPU" in result.stderr
+def test_bfloat16_needs_a_gpu(capsys):
+    assert main(["convfirst", "--dtype", "bfloat16"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 def test_help_names_the_options():

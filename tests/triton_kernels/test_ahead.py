@@ -40,8 +40,9 @@ from fusion.planner.tile import (
 from fusion.triton_kernels import convfirst_hopper, mbconv_hopper
 from fusion.triton_kernels.ahead import PROCESSOR_OF_CAPABILITY, compile_block, main
 from fusion.triton_kernels.ahead_sources import RECIPES
+from tests.triton_kernels.compiling_process import ahead_output, compiling
 
-BLOCKS = [(64, 6, 64), (48, 6, 64), (24, 3, 64), (16, 3, 128)]
+BLOCK = (64, 6, 64)
 TILE = ConvFirstTile(8, 16, 32, 32, 4)
 MATRIX_INSTRUCTION = {(8, 0): "hmma", (8, 9): "hmma", (9, 0): "hgmma", (10, 0): "utchmma", (12, 0): "hmma"}
 MAX_STACK_BYTES = {(8, 0): 120, (8, 9): 0, (9, 0): 0, (10, 0): 0, (12, 0): 8}
@@ -55,21 +56,28 @@ def shape_of(block):
     return match_convfirst(convfirst(128, size, size, channels, expansion))
 
 
-def run_main(*arguments):
-    """The output of the command line in a process that compiles kernels rather than interprets them."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "fusion.triton_kernels.ahead", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+def compiled_rows(*arguments):
+    """What the command line tells as JSON."""
+    return json.loads(ahead_output("--json", *arguments))
 
 
-def test_resources():
-    blocks = [",".join(map(str, block)) for block in BLOCKS]
-    capabilities = [".".join(map(str, capability)) for capability in MATRIX_INSTRUCTION]
-    options = ["--capability", *capabilities, "--tile", ",".join(map(str, TILE.to_ints()))]
-    rows = json.loads(run_main("--json", "--block", *blocks, *options))
+@pytest.mark.parametrize(
+    "block, capabilities",
+    [
+        (BLOCK, ((8, 0), (9, 0), (10, 0))),
+        ((48, 6, 64), ((8, 9), (12, 0))),
+        ((24, 3, 64), ((9, 0), (10, 0))),
+        ((16, 3, 128), ((8, 0), (8, 9), (12, 0))),
+    ],
+    ids=str,
+)
+def test_resources(block, capabilities):
+    """Every architecture has a large and a small block."""
+    options = ["--capability", *(".".join(map(str, capability)) for capability in capabilities)]
+    options += ["--tile", ",".join(map(str, TILE.to_ints()))]
+    rows = compiled_rows("--block", ",".join(map(str, block)), *options)
     compiled = [(tuple(row["block"]), tuple(row["capability"])) for row in rows]
-    assert compiled == list(product(BLOCKS, MATRIX_INSTRUCTION))
+    assert compiled == list(product([block], capabilities))
     for row, (_, capability) in zip(rows, compiled, strict=True):
         check_instructions(row, capability)
         check_registers(row, capability)
@@ -108,20 +116,19 @@ DOWN_BLOCKS = [(24, 6, 128), (32, 6, 64)]
 
 def test_resources_of_the_stride_2_kernel():
     """Nothing spills, products are not serialised, the taps are a loop, and its copies are as wide as told."""
-    wide, narrow = (down_rows(replace(DOWN_TILE, copy_bytes=copy_bytes)) for copy_bytes in (16, 8))
+    wide, *_ = down_rows(DOWN_TILE, DOWN_BLOCKS, ("9.0", "8.9"))
+    (narrow,) = down_rows(replace(DOWN_TILE, copy_bytes=8), DOWN_BLOCKS[:1], ("9.0",))
     views = 2 * DOWN_TILE.conv_stages
     copies = DOWN_TILE.pixels * DOWN_TILE.conv_slab * 2 // (16 * DOWN_TILE.warps * 32)
-    for row, narrow_row in zip(wide, narrow, strict=True):
-        assert row["wide_copies"] - narrow_row["wide_copies"] == views * copies, (row, narrow_row)
+    assert wide["wide_copies"] - narrow["wide_copies"] == views * copies, (wide, narrow)
 
 
-def down_rows(tile):
-    """Resources of `DOWN_BLOCKS` with a tile, on two architectures, checked."""
-    blocks = [f"convfirst-down:{','.join(map(str, block))}" for block in DOWN_BLOCKS]
-    options = ["--capability", "8.9", "9.0", "--convfirst-down-tile", ",".join(map(str, tile.to_ints()))]
-    rows = json.loads(run_main("--json", "--block", *blocks, *options))
+def down_rows(tile, blocks, capabilities):
+    """Resources of blocks with a tile, checked."""
+    options = ["--capability", *capabilities, "--convfirst-down-tile", ",".join(map(str, tile.to_ints()))]
+    rows = compiled_rows("--block", *(f"convfirst-down:{','.join(map(str, block))}" for block in blocks), *options)
     compiled = [(tuple(row["block"]), tuple(row["capability"])) for row in rows]
-    assert compiled == list(product(DOWN_BLOCKS, [(8, 9), (9, 0)]))
+    assert [(block, ".".join(map(str, pair))) for block, pair in compiled] == list(product(blocks, capabilities))
     for row, ((channels, expansion, size), capability) in zip(rows, compiled, strict=True):
         graph = convfirst(128, size, size, channels, expansion, out_channels=2 * channels, stride=2)
         shape = match_convfirst_down(graph)
@@ -148,7 +155,7 @@ def down_rows(tile):
 def test_resources_of_the_stride_2_kernel_for_hopper(block, tile):
     """Nothing spills, products are not serialised, and the planner knows the shared memory."""
     options = ["--convfirst-down-hopper-tile", ",".join(map(str, tile))]
-    (row,) = json.loads(run_main("--json", "--block", ",".join(map(str, block)), *options))
+    (row,) = compiled_rows("--block", ",".join(map(str, block)), *options)
     assert (tuple(row["block"]), row["kernel"]) == (block, "convfirst_down_hopper")
     channels, expansion, size = block
     shape = match_convfirst_down(convfirst(128, size, size, channels, expansion, out_channels=2 * channels, stride=2))
@@ -182,7 +189,7 @@ HOPPER_CASES = [
 def test_resources_of_the_hopper_kernel(case):
     blocks = [",".join(map(str, block)) for block in case.blocks]
     tile = ",".join(map(str, case.tile.to_ints()))
-    rows = json.loads(run_main("--json", "--block", *blocks, "--hopper-tile", tile, "--dtype", case.dtype))
+    rows = compiled_rows("--block", *blocks, "--hopper-tile", tile, "--dtype", case.dtype)
     assert [tuple(row["block"]) for row in rows] == list(case.blocks)
     for row in rows:
         shape, processor = shape_of(row["block"]), PROCESSORS["h200"]
@@ -212,7 +219,11 @@ def matrix_products(tile, shape):
 
 
 def test_the_planned_tile_is_compiled_and_printed_as_a_table():
-    header, line = run_main("--block", "16,3,32").splitlines()
+    """By the command in a process of its own, as a user runs it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fusion.triton_kernels.ahead", "--block", "16,3,32"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    header, line = run.stdout.splitlines()
     row = dict(zip(header.split(), line.split(), strict=True))
     tile = plan_block(convfirst(128, 32, 32, 16, 3), "h200").tile
     assert (row["block"], row["capability"], row["tile"]) == ("16,3,32", "9,0", ",".join(map(str, tile.to_ints())))
@@ -222,8 +233,8 @@ def test_the_planned_tile_is_compiled_and_printed_as_a_table():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled in this process")
 def test_interpreted_kernels_cannot_be_compiled():
     for shape, tile in (
-        (shape_of(BLOCKS[0]), TILE),
-        (shape_of(BLOCKS[0]), HopperTile(64, 64, 2, 2, 1, 64, 0)),
+        (shape_of(BLOCK), TILE),
+        (shape_of(BLOCK), HopperTile(64, 64, 2, 2, 1, 64, 0)),
         (match_mbconv(mbconv(1, 8, 8, 16, 4)), MBConvHopperTile(1, 4, 32, 4)),
     ):
         with pytest.raises(RuntimeError, match=r"under TRITON_INTERPRET=1.*unset it before Triton is imported"):
@@ -247,7 +258,7 @@ def test_every_family_has_a_recipe():
 def test_resources_of_the_ffn_kernel(block, tile, dtype):
     """Weights that stay, and a ring of them with slabs of two widths: products are neither repeated nor serialised."""
     options = ["--ffn-tile", ",".join(map(str, tile.to_ints())), "--dtype", dtype]
-    (row,) = json.loads(run_main("--json", "--block", ",".join(map(str, block)), *options))
+    (row,) = compiled_rows("--block", ",".join(map(str, block)), *options)
     channels, alpha, size = block
     shape = match_ffn(ffn(128, size, size, channels, alpha, dtype=dtype))
     slabs = tile.out_slabs(channels)
@@ -263,7 +274,7 @@ def test_resources_of_the_mbconv_kernels():
     """Without spills, on tensor cores, and in no more shared memory than the planner counts."""
     tile = MBConvTile(32, 16, 16, 64, 32, 32, 8, 3, 64, 32, 128, 4, 3)
     options = ["--capability", "8.0", "9.0", "--mbconv-tile", ",".join(map(str, tile.to_ints()))]
-    rows = json.loads(run_main("--json", "--block", "mbconv:128,4,16", *options))
+    rows = compiled_rows("--block", "mbconv:128,4,16", *options)
     compiled = [(row["kernel"], tuple(row["capability"])) for row in rows]
     assert compiled == [(kernel, capability) for capability in ((8, 0), (9, 0)) for kernel in ("produce", "project")]
     shape = match_mbconv(mbconv(128, 16, 16, 128, 4))
@@ -278,17 +289,19 @@ def test_resources_of_the_mbconv_kernels():
 def test_resources_of_the_stride_2_mbconv_kernels():
     """On tensor cores, in the shared memory that the planner counts, with copies as wide as told and few spills."""
     tile = MBConvDownTile(128, 120, 16, 16, 64, 32, 16, 64, 4, 3, 16, 64, 32, 128, 4, 3)
-    wide, narrow = (mbconv_down_rows(replace(tile, copy_bytes=copy_bytes)) for copy_bytes in (16, 8))
-    for row, narrow_row in zip(wide, narrow, strict=True):
+    wide = mbconv_down_rows(tile, ("9.0", "8.0"))
+    narrow = mbconv_down_rows(replace(tile, copy_bytes=8), ("9.0",))
+    for row, narrow_row in zip(wide[:2], narrow, strict=True):
         assert (row["wide_copies"] > narrow_row["wide_copies"]) == (row["kernel"] == "produce"), (row, narrow_row)
 
 
-def mbconv_down_rows(tile):
-    """Resources of both kernels of a block with a tile, on two architectures, checked."""
-    options = ["--capability", "8.0", "9.0", "--mbconv-down-tile", ",".join(map(str, tile.to_ints()))]
-    rows = json.loads(run_main("--json", "--block", "mbconv-down:48,4,32", *options))
+def mbconv_down_rows(tile, capabilities):
+    """Resources of both kernels of a block with a tile, checked."""
+    options = ["--capability", *capabilities, "--mbconv-down-tile", ",".join(map(str, tile.to_ints()))]
+    rows = compiled_rows("--block", "mbconv-down:48,4,32", *options)
     compiled = [(row["kernel"], tuple(row["capability"])) for row in rows]
-    assert compiled == [(kernel, capability) for capability in ((8, 0), (9, 0)) for kernel in ("produce", "project")]
+    kernels = [(kernel, capability) for capability in capabilities for kernel in ("produce", "project")]
+    assert [(kernel, ".".join(map(str, pair))) for kernel, pair in compiled] == kernels
     shape = match_mbconv_down(mbconv(128, 32, 32, 48, 4, out_channels=96, stride=2))
     for row, (_, capability) in zip(rows, compiled, strict=True):
         check_instructions(row, capability)
@@ -319,7 +332,7 @@ def test_resources_of_the_mbconv_kernel_for_hopper(block, tile, most_stack_bytes
     one, in pairs, or with a last one that is split. Pieces are in a loop that is not unrolled.
     """
     options = ["--mbconv-hopper-tile", ",".join(map(str, tile.to_ints()))]
-    (row,) = json.loads(run_main("--json", "--block", f"mbconv:{','.join(map(str, block))}", *options))
+    (row,) = compiled_rows("--block", f"mbconv:{','.join(map(str, block))}", *options)
     assert (tuple(row["block"]), row["kernel"], row["tile"]) == (block, "mbconv_hopper", tile.to_ints())
     channels, alpha, size = block
     shape = match_mbconv(mbconv(128, size, size, channels, alpha))
@@ -352,16 +365,15 @@ def mbconv_products(tile, shape):
     return pieces * spec.depths + project, 12 * tiles + squeeze_and_excite
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 def test_unsupported_blocks_are_refused():
     shape = match_convfirst(convfirst(1, 8, 8, 16, 3, dtype="float32"))
     with pytest.raises(ValueError, match=r"does not run .*dtype float32 is not supported, use one of float16"):
-        compile_block(shape, TILE)
+        compiling(compile_block, shape, TILE)
     shape = match_convfirst(convfirst(1, 8, 8, 16, 3, activation="silu"))
     with pytest.raises(ValueError, match=r"does not run .*activation silu is not supported, use relu"):
-        compile_block(shape, HopperTile(64, 64, 2, 2, 1, 64, 0))
+        compiling(compile_block, shape, HopperTile(64, 64, 2, 2, 1, 64, 0))
     with pytest.raises(ValueError, match=r"does not run .*HopperTile is for compute capability 9.0 only"):
-        compile_block(shape_of(BLOCKS[0]), HopperTile(64, 64, 2, 2, 1, 64, 0), (8, 0))
+        compiling(compile_block, shape_of(BLOCK), HopperTile(64, 64, 2, 2, 1, 64, 0), (8, 0))
     for options, tile, message in (
         ({"group_width": 16}, (1, 4, 32, 4), "kernel size 3 with group width 16 is not supported, use 3 and 8"),
         ({}, (1, 3, 32, 4), "piece=3 is not one of 1, 2, 4"),
@@ -369,7 +381,7 @@ def test_unsupported_blocks_are_refused():
         ({}, (2, 2, 32, 4), "4 columns of each of 2 bands cannot be computed 2 at a time"),
     ):
         with pytest.raises(ValueError, match=f"does not run .*{message}"):
-            compile_block(match_mbconv(mbconv(1, 8, 8, 16, 4, **options)), MBConvHopperTile(*tile))
+            compiling(compile_block, match_mbconv(mbconv(1, 8, 8, 16, 4, **options)), MBConvHopperTile(*tile))
 
 
 @pytest.mark.parametrize(

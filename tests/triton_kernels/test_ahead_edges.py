@@ -1,10 +1,6 @@
 """What the compiler makes of a network's stem and head, on a machine with or without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,20 +11,16 @@ from fusion.planner.match import match_head, match_stem
 from fusion.planner.processor import PROCESSORS
 from fusion.planner.stem_tile import StemTile
 from fusion.planner.tile import MAX_REGISTERS
+from tests.triton_kernels.compiling_process import ahead_output
 
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
 PRODUCT = {"8.0": "hmma", "9.0": "hgmma", "10.0": "utchmma", "12.0": "hmma"}
 ALIGNMENT_BYTES = 1024
-ROOT = Path(__file__).parents[2]
 
 
 def compiled(*arguments):
-    """Rows of the command line in a process that compiles kernels rather than interprets them."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "fusion.triton_kernels.ahead", "--json", *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    return json.loads(run.stdout)
+    """What the command line tells as JSON."""
+    return json.loads(ahead_output("--json", *arguments))
 
 
 def check_row(row, capability, registers, local):

@@ -1,11 +1,7 @@
 """What the compiler makes of the stride-2 MBConv kernel on Hopper, ahead of time."""
 
-import json
 import os
-import subprocess
-import sys
-from dataclasses import astuple, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 
@@ -15,18 +11,7 @@ from fusion.planner.mbconv_hopper_tile import COMPILER_BYTES
 from fusion.planner.processor import PROCESSORS
 from fusion.triton_kernels.ahead import compile_block
 from fusion.triton_kernels.mbconv_down_hopper_spec import constants
-
-ROOT = Path(__file__).parents[2]
-PROGRAM = """
-import json, sys
-from dataclasses import asdict
-from fusion.planner.match import MBConvDownShape
-from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
-from fusion.triton_kernels.ahead import compile_block
-shape, tile = json.loads(sys.argv[1])
-(resources,) = compile_block(MBConvDownShape(*shape), MBConvDownHopperTile(*tile)).values()
-print(json.dumps(asdict(resources)))
-"""
+from tests.triton_kernels.compiling_process import compiling
 
 
 @dataclass(frozen=True)
@@ -68,17 +53,11 @@ def test_resources(case):
     """Products are not serialised, next to nothing is spilled, and the planner knows the shared memory."""
     tile = MBConvDownHopperTile(*case.tile)
     assert why_invalid(tile, case.shape, PROCESSORS["h200"]) is None
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    arguments = json.dumps([astuple(case.shape), case.tile])
-    command = [sys.executable, "-c", PROGRAM, arguments]
-    found = json.loads(
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
-    )
-    assert (found["hgmma"], found["hmma"]) == products(tile, case.shape), found
-    assert found["warpgroup"] < 2 * found["hgmma"], "two fences and waits for each would be products one by one"
-    assert found["stack_bytes"] <= case.most_stack_bytes, found
-    spare = local_memory_bytes(tile, case.shape, PROCESSORS["h200"]) - found["shared_bytes"]
+    (found,) = compiling(compile_block, case.shape, tile).values()
+    assert (found.hgmma, found.hmma) == products(tile, case.shape), found
+    assert found.warpgroup < 2 * found.hgmma, "two fences and waits for each would be products one by one"
+    assert found.stack_bytes <= case.most_stack_bytes, found
+    spare = local_memory_bytes(tile, case.shape, PROCESSORS["h200"]) - found.shared_bytes
     assert 0 <= spare < COMPILER_BYTES, found
 
 
@@ -106,9 +85,8 @@ def test_interpreted_kernels_cannot_be_compiled():
         compile_block(CASES[0].shape, MBConvDownHopperTile(32, 6, 1))
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 def test_unsupported_blocks_are_refused():
     with pytest.raises(ValueError, match=r"does not run .*height and width must be even"):
-        compile_block(Case(24, 24, (15, 16), (32, 6, 1)).shape, MBConvDownHopperTile(32, 6, 1))
+        compiling(compile_block, Case(24, 24, (15, 16), (32, 6, 1)).shape, MBConvDownHopperTile(32, 6, 1))
     with pytest.raises(ValueError, match=r"does not run .*step=16 is not one of 32, 64"):
-        compile_block(CASES[0].shape, MBConvDownHopperTile(16, 6, 1))
+        compiling(compile_block, CASES[0].shape, MBConvDownHopperTile(16, 6, 1))

@@ -107,7 +107,7 @@ CASES = [
     # Micro-batches: as many images as the batch has, more, fewer, and such that do not divide it.
     *(Case(16, 48, batch=3, tile=replace(TILE, images=images)) for images in (1, 2, 3, 4)),
     # Programs: one for all parts, as many as there are parts, and more.
-    *(Case(16, 64, batch=2, size=(9, 9), tile=replace(TILE, programs=programs)) for programs in (1, 36, 100)),
+    *(Case(16, 32, batch=2, size=(9, 9), tile=replace(TILE, programs=programs)) for programs in (1, 8, 100)),
     Case(24, 72, batch=3, size=(9, 5), ordered=True),
     # Groups from depth-wise to one that is a whole slab.
     *(Case(16, 32, group_width=width, activation="relu") for width in (1, 16)),
@@ -160,7 +160,7 @@ def test_against_the_reference(case, dtype, device, random_mbconv_weights, asser
 
 def test_an_image_depends_on_no_other(device, random_mbconv_weights):
     """Neither on those of its micro-batch, nor on which program computes its parts."""
-    case = Case(16, 64, batch=3, size=(9, 7), ordered=True)
+    case = Case(16, 32, batch=3, size=(9, 7), ordered=True)
     weights = case.weights(random_mbconv_weights)
     x = case.input(device) * torch.tensor([0.1, 1, 4], device=device)[:, None, None, None]
     x = x.half()
@@ -172,8 +172,8 @@ def test_an_image_depends_on_no_other(device, random_mbconv_weights):
 
 def test_ordered_sums_are_repeatable_to_the_bit(device, random_mbconv_weights):
     """However many parts an image has, and however they are scheduled."""
-    size = (33, 31) if HAS_GPU else (9, 9)
-    case = Case(32, 256, size=size, batch=8 if HAS_GPU else 1, ordered=True)
+    size, hidden, batch = ((33, 31), 256, 8) if HAS_GPU else ((9, 9), 96, 1)
+    case = Case(32, hidden, size=size, batch=batch, ordered=True)
     weights, x = case.weights(random_mbconv_weights), case.input(device)
     outs = [run_kernels(x, weights, TILE, ordered=True) for _ in range(5 if HAS_GPU else 2)]
     assert all(torch.equal(out, outs[0]) for out in outs)

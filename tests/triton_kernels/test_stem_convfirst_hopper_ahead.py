@@ -1,10 +1,6 @@
 """What the compiler makes of the kernel of stem and block on Hopper, ahead of time."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,18 +13,7 @@ from fusion.planner.stem_convfirst_hopper_tile import (
     local_memory_bytes,
     why_invalid,
 )
-
-ROOT = Path(__file__).parents[2]
-
-
-def compiled(*arguments):
-    """A row of the command line in a process that compiles kernels rather than interprets them."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "fusion.triton_kernels.ahead", "--json", *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
-    (row,) = json.loads(run.stdout)
-    return row
+from tests.triton_kernels.compiling_process import ahead_output
 
 
 def products(tile, shape):
@@ -58,7 +43,7 @@ def test_resources(channels, size, tile, dtype):
     shape = match_stem_convfirst(stem_convfirst(128, size, size, 3, channels, 3, dtype=dtype))
     assert why_invalid(tile, shape, PROCESSORS["h200"]) is None
     options = ["--stem-convfirst-hopper-tile", ",".join(map(str, tile.to_ints())), "--dtype", dtype]
-    row = compiled("--block", f"{channels},3,{size}", *options)
+    (row,) = json.loads(ahead_output("--json", "--block", f"{channels},3,{size}", *options))
     assert row["kernel"] == "stem_convfirst_hopper"
     assert (row["hgmma"], row["hmma"]) == (products(tile, shape), 0), row
     assert row["warpgroup"] < 1.5 * row["hgmma"], "two fences and waits for each would be products one by one"

@@ -11,8 +11,9 @@ if not torch.cuda.is_available():
     # Before anything imports Triton. So this module imports what does inside of its fixtures only.
     interpret_kernels()
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers are as many as cores: more threads would only wait for each other.
+    # Workers are as many as cores: more threads, of what they start too, would only wait for each other.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def launch(config: BlockConfig, batch: int, tile: Tile) -> None:
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
     for _ in range(LAUNCHES):
-        kernels.launch(x, packed, out, tile, twin.weights, activation=twin.activation, residual=twin.residual)
+        kernels.launch(x, packed, out, tile, twin.weights, **twin.options)
     torch.cuda.synchronize()
 
 

@@ -46,7 +46,7 @@ def check(block: str, tile: Tile) -> float:
     x = x.to(torch.float16, memory_format=torch.channels_last)
     expected = module.double()(x.double())
     out = torch.full_like(x, float("nan"), device="cuda")
-    kernels.launch(x.cuda(), packed, out, tile, twin.weights, activation=twin.activation, residual=twin.residual)
+    kernels.launch(x.cuda(), packed, out, tile, twin.weights, **twin.options)
     return relative_error(out.cpu(), expected)
 
 

@@ -1,24 +1,33 @@
 """Fused kernels for convolutional networks: whole residual blocks as one kernel, for PyTorch inference.
 
-`fuse(network)` runs a network's blocks fused, and `load(path)` reads back what a fused network's `save` wrote.
+`torch.compile(model, backend="fusion")` fuses the blocks that it finds in any model, and `explain(model, x)` tells
+which those are. `fuse(network)` runs the blocks of this project's networks fused, `load(path)` reads back what a fused
+network's `save` wrote, and `package(network, example_input, path)` compiles it for programs without Python.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fusion.backend.explain_model import explain
     from fusion.fused_file import load
     from fusion.fusing import fuse
+    from fusion.packaging import package
 
 __version__ = "0.1.0"
-__all__ = ["fuse", "load"]
+__all__ = ["explain", "fuse", "load", "package"]
+
+# Imported when first used: the planner and the command line's help work without torch. No module is named after a
+# function, for it would take the function's place when it is imported.
+_HOMES = {
+    "explain": "fusion.backend.explain_model",
+    "fuse": "fusion.fusing",
+    "load": "fusion.fused_file",
+    "package": "fusion.packaging",
+}
 
 
 def __getattr__(name: str):
-    # Imported when first used: the planner and the command line's help work without torch. No module is named after a
-    # function, for it would take the function's place when it is imported.
-    if name == "fuse":
-        return import_module("fusion.fusing").fuse
-    if name == "load":
-        return import_module("fusion.fused_file").load
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,12 +19,13 @@ def pack_convfirst_down_hopper(
     `[3 columns, 11 matrices, 16 out, 16 in]`, and at the end `[4, 16, 16]`, multiples of the identity, if products
     blur the input.
 
-    Raises ValueError for groups that are not 8 channels wide and for a block of stride 1.
+    Raises ValueError for groups that are not 8 channels wide and for a block without a blur-pool.
     """
-    if weights.group_width != GROUP_WIDTH or weights.stride != 2:
+    if weights.group_width != GROUP_WIDTH or not weights.is_concatenated:
+        blur = "with" if weights.is_concatenated else "without"
         raise ValueError(
-            f"weights cannot be packed for {tile!r}: groups of {weights.group_width} channels with stride "
-            f"{weights.stride} are not supported, only of {GROUP_WIDTH} with stride 2; use another tile"
+            f"weights cannot be packed for {tile!r}: groups of {weights.group_width} channels {blur} a blur-pool are "
+            f"not supported, only of {GROUP_WIDTH} with one; use another tile"
         )
     channels, padded_channels = weights.in_channels, PIECE * ceil(weights.in_channels / PIECE)
     of_input, of_conv = weights.expand.T.split(channels)

@@ -11,6 +11,7 @@ from fusion.op_checks import (
     any_of,
     check_input,
     check_weights,
+    empty_output,
     gradient_refusal,
     refuse_malformed,
     tile_from_ints,
@@ -36,8 +37,8 @@ def convfirst_down(
     """ConvFirst block of stride 2 (section 5.3) as one kernel: `[N, C, H, W] -> [N, K, ceil(H / 2), ceil(W / 2)]`.
 
     Grouped 3x3 convolution with zero padding 1, its input and output concatenated and blur-pooled with reflection, 1x1
-    expand with bias, `activation` ("relu" or "silu"), 1x1 project with bias. All sums are fp32, the result is
-    channels_last.
+    expand with bias, `activation` (one of `fusion.reference.ACTIVATIONS`), 1x1 project with bias. All sums are fp32,
+    the result is channels_last.
 
     Args:
         x: fp16 or bf16 activations with H and W of at least 2. Any other memory format than channels_last is converted
@@ -66,13 +67,7 @@ def convfirst_down(
 
     from fusion.triton_kernels.convfirst_down import convfirst_down_kernel, launch
 
-    batch, _, height, width = x.shape
-    out = torch.empty(
-        (batch, out_channels, (height + 1) // 2, (width + 1) // 2),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    out = empty_output(x, out_channels, stride=2)
     if x.numel():
         with torch.cuda.device(x.device):
             launch(x, *packed, out, activation=activation, tile=config, kernel=wrap_triton(convfirst_down_kernel))

@@ -44,13 +44,11 @@ def pack_convfirst_down(
 ) -> PackedConvFirstDown:
     """Round once to `dtype` and lay out for `tile`, zero wherever slabs and hidden steps are padded.
 
-    Raises ValueError for weights of a stride-1 block and for a tile whose slabs split a group.
+    Raises ValueError for weights of a block without a blur-pool and for a tile whose slabs split a group.
     """
     slabs, out_slabs = tile.in_slabs(weights.in_channels), tile.out_slabs(weights.out_channels)
-    if weights.stride != 2:
-        raise ValueError(
-            f"weights of a block of stride {weights.stride} cannot be packed for {tile!r}; use a ConvFirstTile"
-        )
+    if not weights.is_concatenated:
+        raise ValueError(f"weights of a block without a blur-pool cannot be packed for {tile!r}; use a ConvFirstTile")
     if tile.splits_groups(weights.in_channels, weights.group_width):
         raise ValueError(
             f"weights cannot be packed for {tile!r}: slabs {slabs} split groups of {weights.group_width} channels; use "

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from fusion import reference
 from fusion.edge_weights import HeadWeights, StemWeights
-from fusion.modules import FusedBlock, Tuner, finish_packing, kernel_dtype
+from fusion.modules import FusedBlock, Tuner, kernel_dtype
 from fusion.planner.blocks import conv as conv_graph
 from fusion.planner.blocks import head as head_graph
 from fusion.planner.graph import BlockGraph
 from fusion.planner.plan import plan_block
 from fusion.planner.stem_tile import KERNEL_SIZE, STRIDE
+from fusion.real_tensors import make_for_all
 
 
 class FusedEdge(FusedBlock):
@@ -41,20 +42,25 @@ class FusedStem(FusedEdge):
     """Dense 3x3 convolution of stride 2, zero padding 1, batch norm and activation, for inference.
 
     `[N, C, H, W] -> [N, K, ceil(H / 2), ceil(W / 2)]`, channels_last, for images of up to 4 channels. A channels_last
-    and a contiguous input are both read as they are. `activation` is "relu", "silu" or "none". For the rest see
-    `FusedBlock`.
+    and a contiguous input are both read as they are. `activation` is one of `fusion.reference.EDGE_ACTIVATIONS`. For
+    the rest see `FusedBlock`.
     """
 
     weights: StemWeights
 
+    stride = STRIDE
+
     def _graph(self, *sizes: int, **options) -> BlockGraph:
         return conv_graph(*sizes, kernel_size=KERNEL_SIZE, stride=STRIDE, **options)
+
+    def layerwise(self, x: Tensor) -> Tensor:
+        return reference.stem(x, *self._weights_on(x.device), self.activation)
 
 
 class FusedHead(FusedEdge):
     """1x1 convolution, batch norm, activation and global average pool, for inference: `[N, C, H, W] -> [N, K]`.
 
-    `activation` is "relu", "silu" or "none". For the rest see `FusedBlock`.
+    `activation` is one of `fusion.reference.EDGE_ACTIVATIONS`. For the rest see `FusedBlock`.
     """
 
     weights: HeadWeights
@@ -62,6 +68,13 @@ class FusedHead(FusedEdge):
     def __init__(self, weights: HeadWeights, *, activation: str, tuner: Tuner = plan_block):
         super().__init__(weights, activation=activation, tuner=tuner)
         self._unpacked: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def layerwise(self, x: Tensor) -> Tensor:
+        return reference.head(x, *self._weights_on(x.device), self.activation)
+
+    def empty_output(self, x: Tensor) -> Tensor:
+        """`[N, K]` for inputs like `x`, not initialised."""
+        return x.new_empty((x.shape[0], self.weights.out_channels))
 
     def features(self, x: Tensor) -> Tensor:
         """The map ahead of the pool, `[N, K, H, W]`, layer by layer in the dtype of `x`."""
@@ -75,9 +88,6 @@ class FusedHead(FusedEdge):
         """Unpacked weights for inputs like `x`, kept after their first use."""
         key = (x.device, x.dtype)
         if key not in self._unpacked:
-            with torch.inference_mode(False), torch.no_grad():
-                weights = self.weights.conv, self.weights.bias
-                rounded = tuple(tensor.to(x.device, x.dtype) for tensor in weights)
-            finish_packing(x.device)
-            self._unpacked[key] = rounded
+            weights, dtype, device = (self.weights.conv, self.weights.bias), x.dtype, x.device
+            self._unpacked[key] = make_for_all(lambda: tuple(each.to(device, dtype) for each in weights), device)
         return self._unpacked[key]

@@ -12,6 +12,7 @@ from fusion.op_checks import (
     check_images,
     check_input,
     check_packed,
+    empty_output,
     gradient_refusal,
     refuse_malformed,
     tile_from_ints,
@@ -34,9 +35,9 @@ def stem(
 ) -> Tensor:
     """Dense 3x3 convolution of stride 2 as one kernel: `[N, C, H, W] -> [N, K, ceil(H / 2), ceil(W / 2)]`.
 
-    Zero padding 1, bias, `activation` ("relu", "silu" with an approximated tanh, or "none"). All sums are fp32; the
-    output is channels_last. A non-finite element of the input may reach a few outputs next to those that it should
-    reach.
+    Zero padding 1, bias, `activation` (one of `fusion.reference.EDGE_ACTIVATIONS`; SiLU with an approximated tanh). All
+    sums are fp32; the output is channels_last. A non-finite element of the input may reach a few outputs next to those
+    that it should reach.
 
     Args:
         x: fp16 or bf16 images of up to 4 channels, channels_last or contiguous; any other memory format is converted
@@ -61,12 +62,7 @@ def stem(
 
     if not x.is_contiguous():
         x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty(
-        (x.shape[0], out_channels, *map(_out_size, x.shape[2:])),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    out = empty_output(x, out_channels, STRIDE)
     if x.numel():
         with torch.cuda.device(x.device):
             launch(
@@ -108,7 +104,9 @@ def _check_stem(
     output = _out_size(height) * _out_size(width) * out_channels
     check_image_size(op, x, max(height * width * in_channels, output))
     refuse_malformed(op, config, stem_tile.why_malformed(config))
-    too_many = stem_tile.why_not_launched(config, x.shape[0], _out_size(height), _out_size(width))
+    # Of a batch of any size, which torch.export traces, nothing is known.
+    batch = x.shape[0] if isinstance(x.shape[0], int) else 1
+    too_many = stem_tile.why_not_launched(config, batch, _out_size(height), _out_size(width))
     if too_many:
         raise ValueError(f"{op}: {too_many}")
     _check_activation(op, activation)
@@ -128,9 +126,10 @@ def _check_stem(
 
 @triton_op("fusion::head", mutates_args=())
 def head(x: Tensor, conv: Tensor, bias: Tensor, out_channels: int, activation: str, tile: list[int]) -> Tensor:
-    """1x1 convolution, bias, `activation` ("relu", "silu" or "none"), global average pool: `[N, C, H, W] -> [N, K]`.
+    """1x1 convolution, bias, activation, global average pool: `[N, C, H, W] -> [N, K]`.
 
-    One kernel; what is pooled is never in memory. All sums are fp32, and tanh is approximated.
+    One kernel; what is pooled is never in memory. `activation` is one of `fusion.reference.EDGE_ACTIVATIONS`. All sums
+    are fp32, and SiLU's tanh is approximated.
 
     Args:
         x: fp16 or bf16 activations. Any other memory format than channels_last is converted first, at the cost of a

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fusion.planner.head_tile import HeadTile
 from fusion.planner.stem_tile import BIAS_TERMS, KERNEL_SIZE, STRIDE, WINDOWS, StemTile, Window, window
-from fusion.weights import fold_batch_norm, padded
+from fusion.weights import LinearMap, padded
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,12 @@ class StemWeights:
     @classmethod
     def fold(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> "StemWeights":
         """Fold a convolution and its batch norm (section 5.5) into weights that share no memory with them."""
-        return cls(*fold_batch_norm(conv, bn))
+        return cls.of(LinearMap.of(conv, bn))
+
+    @classmethod
+    def of(cls, conv: LinearMap) -> "StemWeights":
+        """The weights of a stem of this convolution, with its batch norm folded."""
+        return cls(conv.weight, conv.bias)
 
     @property
     def in_channels(self) -> int:
@@ -111,8 +116,12 @@ class HeadWeights:
     @classmethod
     def fold(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> "HeadWeights":
         """Fold a 1x1 convolution and its batch norm (section 5.5) into weights that share no memory with them."""
-        weight, bias = fold_batch_norm(conv, bn)
-        return cls(weight[:, :, 0, 0], bias)
+        return cls.of(LinearMap.of(conv, bn))
+
+    @classmethod
+    def of(cls, conv: LinearMap) -> "HeadWeights":
+        """The weights of a head of this 1x1 convolution, with its batch norm folded."""
+        return cls(conv.matrix, conv.bias)
 
     @property
     def in_channels(self) -> int:

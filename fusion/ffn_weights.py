@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion.planner.ffn_tile import WEIGHT_COLUMNS, FfnTile
-from fusion.weights import bias_in_order, bias_of_quads, fold_batch_norm
+from fusion.weights import LinearMap, bias_in_order, bias_of_quads
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,12 @@ class FfnWeights:
         cls, expand: nn.Conv2d, expand_bn: nn.BatchNorm2d, project: nn.Conv2d, project_bn: nn.BatchNorm2d
     ) -> "FfnWeights":
         """Fold the layers of a block (section 5.5) into weights that share no memory with them."""
-        expand_weight, expand_bias = fold_batch_norm(expand, expand_bn)
-        project_weight, project_bias = fold_batch_norm(project, project_bn)
-        return cls(expand_weight[:, :, 0, 0], expand_bias, project_weight[:, :, 0, 0], project_bias)
+        return cls.of(LinearMap.of(expand, expand_bn), LinearMap.of(project, project_bn))
+
+    @classmethod
+    def of(cls, expand: LinearMap, project: LinearMap) -> "FfnWeights":
+        """The weights of a block of these layers, each with its batch norm folded."""
+        return cls(expand.matrix, expand.bias, project.matrix, project.bias)
 
     @property
     def in_channels(self) -> int:

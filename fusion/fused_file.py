@@ -58,6 +58,7 @@ def save(fused: FusedModule, path: str | os.PathLike[str]) -> None:
         "root": root,
         "caches": caches,
         "tune": fused.tune,
+        "portable": fused.portable,
     }
     part = Path(f"{os.fspath(path)}.part")
     try:
@@ -90,9 +91,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str | None = None)
 
 
 def _made(content: dict, device: torch.device) -> FusedModule:
-    reader = ModuleReader(
-        content["modules"], content["tensors"], content["classes"], device, lazy_tuner(content["tune"])
-    )
+    tuner = lazy_tuner(content["tune"], content.get("portable", False))
+    reader = ModuleReader(content["modules"], content["tensors"], content["classes"], device, tuner)
     fused = reader.module(content["root"])
     for module in fused.modules():
         if isinstance(module, FusedSequential):

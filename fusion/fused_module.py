@@ -24,10 +24,16 @@ class FusedModule(nn.Module):
     Weights of fused blocks are no parameters: a `state_dict` holds only what is not fused, and `load_state_dict` is
     refused. Load into the original and fuse again; `save()` stores the whole.
 
+    `torch.export.export` takes it too, with `dynamic_shapes={"args": ({0: Dim("batch")},)}` for any batch: tiles are
+    then those of the example's batch. Weights become constants of the program. Whoever loads a program that
+    `torch.export.save` wrote imports `fusion.kernels` before, which has its operators; what `fusion.package` writes
+    needs nothing.
+
     Attributes:
         module: the network with its blocks replaced.
         left_eager: blocks that are not fused, by name, and the reasons why.
         tune: whether plans for inputs of new shapes are made by measurement.
+        portable: whether all kernels are plain Triton, as `fusion.package` needs them.
         cuda_graphs, max_graphs: whether calls on GPUs run as CUDA graphs, and how many at most are kept.
 
     Raises (in `forward`):
@@ -43,6 +49,7 @@ class FusedModule(nn.Module):
         *,
         left_eager: Mapping[str, str] | None = None,
         tune: bool = False,
+        portable: bool = False,
         cuda_graphs: bool = False,
         max_graphs: int = MAX_GRAPHS,
     ):
@@ -50,6 +57,7 @@ class FusedModule(nn.Module):
         self.module = module
         self.left_eager = dict(left_eager or {})
         self.tune = tune
+        self.portable = portable
         self.cuda_graphs = cuda_graphs
         self.max_graphs = max_graphs
         # In a tuple: the module is registered once, under its own name.

@@ -36,10 +36,10 @@ class FusedSequential(nn.Sequential):
             self.group()
         return self._parts
 
-    def forward(self, x):
+    def forward(self, input):
         for part in self.parts:
-            x = part(x)
-        return x
+            input = part(input)
+        return input
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         if isinstance(index, slice):
@@ -48,6 +48,13 @@ class FusedSequential(nn.Sequential):
 
     def extra_repr(self) -> str:
         return "" if self.micro_batch is None else f"micro_batch={self.micro_batch!r}"
+
+    def repack(self) -> None:
+        """Pack the weights of all fused blocks again, into the tensors that hold them, after others were put in their
+        place."""
+        for part in self.parts:
+            if hasattr(part, "repack"):
+                part.repack()
 
     def group(self) -> None:
         """Find the stages, which happens by itself, but cannot within torch.compile."""

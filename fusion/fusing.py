@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from fusion.joined_stem import JoinedStem
 from fusion.launch_record import InputKind
 from fusion.modules import FusedBlock, Tuner, processor_of_device
 from fusion.op_checks import GPU_DTYPES, any_of
+from fusion.planner.families import families_of
 from fusion.planner.graph import BlockGraph
-from fusion.planner.plan import Plan, PlanError, plan_block
+from fusion.planner.plan import Plan, PlanError, block_shape, plan_block
 from fusion.planner.processor import Processor
 from fusion.stage import MicroBatch, check_micro_batch
 from fusion.stem_convfirst_module import join_stem
@@ -32,6 +33,7 @@ def fuse(
     example_input: Tensor | tuple | dict | None = None,
     *,
     tune: bool = False,
+    portable: bool = False,
     micro_batch: MicroBatch = None,
     cuda_graphs: bool = False,
     max_graphs: int = MAX_GRAPHS,
@@ -56,6 +58,8 @@ def fuse(
             Without it that happens at the first input of each shape, where a block that no kernel runs is an error.
         tune: choose tiles by measurement on the GPU, once for each shape: results are kept in ~/.cache/fusion
             (`fusion.tuner`). Otherwise from shapes, in moments.
+        portable: use kernels in plain Triton only, for programs that run without this package (`fusion.package`). On
+            Hopper GPUs they are slower than the kernels that are made for them.
         micro_batch: run stages so many images at a time (see `fusion.stage.FusedStage`).
         cuda_graphs: run calls on GPUs as CUDA graphs, up to `max_graphs` of them (see `fusion.cuda_graphs`).
         dtype: floating dtype to convert what is not fused to: fp16 or bf16 on GPUs, any on CPUs.
@@ -72,14 +76,23 @@ def fuse(
     network = copy.deepcopy(module).requires_grad_(False)
     left_eager: dict[str, str] = {}
     twins: dict[nn.Module, Twin] = {}
-    _fold(network, "", lazy_tuner(tune), twins, left_eager)
+    _fold(network, "", lazy_tuner(tune, portable), twins, left_eager)
+    if portable:
+        _leave_opaque_eager(twins, left_eager)
     network.to(device=device, dtype=dtype)
     if example_input is not None:
         args, kwargs = call_arguments(example_input)
         inputs = _block_inputs(network, twins, args, kwargs)
-        _plan(twins, inputs, left_eager, tune, progress, adopt=micro_batch is None)
-    network = _replaced(network, twins, micro_batch, _joined(network, twins))
-    fused = FusedModule(network, left_eager=left_eager, tune=tune, cuda_graphs=cuda_graphs, max_graphs=max_graphs)
+        _plan(twins, inputs, left_eager, tune, portable, progress, adopt=micro_batch is None)
+    network = _replaced(network, twins, micro_batch, {} if portable else _joined(network, twins))
+    fused = FusedModule(
+        network,
+        left_eager=left_eager,
+        tune=tune,
+        portable=portable,
+        cuda_graphs=cuda_graphs,
+        max_graphs=max_graphs,
+    )
     if example_input is not None:
         fused.trace(*args, **kwargs)
     if left_eager:
@@ -101,22 +114,23 @@ class Twin:
 
 
 @cache
-def _plan_once(graph: BlockGraph, processor: str | Processor) -> Plan:
+def _plan_once(graph: BlockGraph, processor: str | Processor, portable: bool = False) -> Plan:
     """`plan_block`, once for the equal blocks of a network."""
-    return plan_block(graph, processor)
+    return plan_block(graph, processor, portable=portable)
 
 
 @cache
-def _tune_once(graph: BlockGraph, processor: str | Processor) -> Plan:
+def _tune_once(graph: BlockGraph, processor: str | Processor, portable: bool = False) -> Plan:
     """`tune_block`, once for the equal blocks of a network."""
     from fusion.tuner import tune_block
 
-    return tune_block(graph, processor)
+    return tune_block(graph, processor, portable=portable)
 
 
-def lazy_tuner(tune: bool) -> Tuner:
+def lazy_tuner(tune: bool, portable: bool = False) -> Tuner:
     """What makes plans of fused networks at inputs of new shapes."""
-    return _tune_once if tune else _plan_once
+    tuner = _tune_once if tune else _plan_once
+    return partial(tuner, portable=True) if portable else tuner
 
 
 def _check(module: nn.Module, tune: bool, micro_batch: MicroBatch) -> None:
@@ -186,6 +200,23 @@ def why_not_twin(block: nn.Module) -> str | None:
     return None
 
 
+def _leave_opaque_eager(twins: dict[nn.Module, Twin], left_eager: dict[str, str]) -> None:
+    """Drop the twins of blocks of a kind that no portable kernel runs."""
+    for original, twin in list(twins.items()):
+        try:
+            # Any size will do: which kernels there are depends on the kind of block.
+            shape = block_shape(twin.block.graph(1, 32, 32, twin.block.weights.in_channels, torch.half))
+        except PlanError as error:
+            left_eager[twin.name] = str(error)
+            del twins[original]
+            continue
+        families = families_of(shape)
+        if not any(family.is_portable for family in families):
+            kernels = any_of(family.name for family in families)
+            left_eager[twin.name] = f"it runs on no portable kernel, only on {kernels}; leave out portable to use that"
+            del twins[original]
+
+
 def _twin(block: nn.Module, tuner: Tuner) -> FusedBlock:
     twin = block.fused(tuner)
     if not isinstance(twin, FusedBlock):
@@ -226,6 +257,7 @@ def _plan(
     inputs: dict[nn.Module, list[InputKind]],
     left_eager: dict[str, str],
     tune: bool,
+    portable: bool,
     progress: bool,
     adopt: bool,
 ) -> None:
@@ -234,7 +266,7 @@ def _plan(
     for original, block_inputs in inputs.items():
         twin = twins[original]
         try:
-            graphs = [(x.device, _planned_graph(twin, x)) for x in dict.fromkeys(block_inputs)]
+            graphs = [(x.device, _planned_graph(twin, x, portable)) for x in dict.fromkeys(block_inputs)]
         except PlanError as error:
             left_eager[twin.name] = str(error)
             del twins[original]
@@ -245,12 +277,13 @@ def _plan(
     plans: dict[tuple[torch.device, BlockGraph], Plan] = {}
     for device in dict.fromkeys(device for _, device, _ in wanted):
         graphs = list(dict.fromkeys(graph for _, where, graph in wanted if where == device))
-        plans.update(zip(((device, graph) for graph in graphs), _plans(graphs, device, tune, progress), strict=True))
+        made = _plans(graphs, device, tune, portable, progress)
+        plans.update(zip(((device, graph) for graph in graphs), made, strict=True))
     for block, device, graph in wanted:
         block.adopt_plan(device, plans[device, graph])
 
 
-def _planned_graph(twin: Twin, x: InputKind) -> BlockGraph:
+def _planned_graph(twin: Twin, x: InputKind, portable: bool) -> BlockGraph:
     if x.device.type == "cuda" and x.dtype not in GPU_DTYPES:
         raise TypeError(
             f"block {twin.name!r} gets {x.dtype} on {x.device}; fused kernels take {any_of(GPU_DTYPES)}: pass such an "
@@ -260,17 +293,19 @@ def _planned_graph(twin: Twin, x: InputKind) -> BlockGraph:
         raise PlanError(f"its input must be [N, C, H, W], got {list(x.shape)}")
     batch, channels, height, width = x.shape
     graph = twin.block.graph(max(batch, 1), height, width, channels, x.dtype)
-    _plan_once(graph, processor_of_device(x.device))
+    _plan_once(graph, processor_of_device(x.device), portable)
     return graph
 
 
-def _plans(graphs: Sequence[BlockGraph], device: torch.device, tune: bool, progress: bool) -> list[Plan]:
+def _plans(
+    graphs: Sequence[BlockGraph], device: torch.device, tune: bool, portable: bool, progress: bool
+) -> list[Plan]:
     processor = processor_of_device(device)
     if tune:
         from fusion.tuner import tune_blocks
 
-        return tune_blocks(graphs, processor, device=device, progress=progress)
-    return [_plan_once(graph, processor) for graph in graphs]
+        return tune_blocks(graphs, processor, device=device, progress=progress, portable=portable)
+    return [_plan_once(graph, processor, portable) for graph in graphs]
 
 
 def _joined(network: nn.Module, twins: dict[nn.Module, Twin]) -> dict[nn.Module, nn.Module]:

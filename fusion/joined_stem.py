@@ -14,6 +14,7 @@ from fusion.planner.graph import BlockGraph
 from fusion.planner.plan import Plan, PlanError, block_shape
 from fusion.planner.processor import get_processor
 from fusion.stem_convfirst_module import FusedStemConvFirst
+from fusion.stem_convfirst_weights import StemConvFirstWeights
 
 
 class JoinedStem(nn.Module):
@@ -57,6 +58,12 @@ class JoinedStem(nn.Module):
         except PlanError:
             return False
         return STEM_CONVFIRST_HOPPER.why_none(shape, get_processor(processor_of_device(x.device))) is None
+
+    def repack(self) -> None:
+        """Pack all weights again, into the tensors that hold them, after others were put in place of the twins'."""
+        self.together.weights = StemConvFirstWeights.join(self.stem.weights, self.block.weights)
+        for twin in (self.stem, self.block, self.together):
+            twin.repack()
 
     def between(self, x: InputKind) -> InputKind:
         """What the stem makes of inputs like `x`."""

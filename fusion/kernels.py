@@ -16,6 +16,8 @@ from fusion.ffn_weights import FfnWeights, PackedFfn
 from fusion.mbconv_down_hopper_op import mbconv_down_hopper
 from fusion.mbconv_hopper_weights import PackedMBConvHopper, pack_mbconv_hopper, stack_mbconv_hopper
 from fusion.mbconv_weights import MBConvWeights, PackedMBConv
+from fusion.op_checks import any_of
+from fusion.planner import mbconv_hopper_tile
 from fusion.planner.families import (
     CONVFIRST_DOWN,
     CONVFIRST_DOWN_HOPPER,
@@ -33,6 +35,7 @@ from fusion.planner.families import (
     Tile,
     family_of,
 )
+from fusion.planner.match import OPTIONS
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.stem_convfirst_op import stem_convfirst_hopper
 from fusion.stem_convfirst_weights import PackedStemConvFirst, StemConvFirstWeights
@@ -59,8 +62,9 @@ class Runner:
     `pack` rounds weights once and lays them out for a tile; its fields `packed_for` are all that the layout depends on.
     `operator` takes `x`, the packed tensors, the `operator_options` by name, and the tile as integers. `launch`, in the
     module of `fusion.triton_kernels` that has the family's name, takes `x`, the packed tensors, the output, the
-    `launch_options` and the tile. An option is "activation", "residual" or a size that the weights have. A kernel that
-    has ReLU only has no option "activation"; `other_activations` is what to do for others.
+    `launch_options` and the tile. An option is one of the block's (`fusion.planner.match.OPTIONS`) or a size that the
+    weights have. A kernel that has ReLU only has no option "activation". `other_activations` is what to do for
+    activations that the kernel lacks, if it lacks any; it then has `activations`.
     """
 
     family: KernelFamily
@@ -70,12 +74,14 @@ class Runner:
     operator_options: tuple[str, ...]
     launch_options: tuple[str, ...]
     other_activations: str | None = None
+    activations: tuple[str, ...] = ("relu",)
 
     def check_activation(self, activation: str) -> None:
-        """Raises ValueError for an activation that the kernel does not have, if it has ReLU only."""
-        if self.other_activations and activation != "relu":
+        """Raises ValueError for an activation that the kernel does not have, if it lacks any."""
+        if self.other_activations and activation not in self.activations:
+            supported = any_of(map(repr, self.activations))
             raise ValueError(
-                f"the Hopper kernel has no activation {activation!r}, only 'relu'; {self.other_activations}"
+                f"the Hopper kernel has no activation {activation!r}, only {supported}; {self.other_activations}"
             )
 
 
@@ -96,8 +102,8 @@ RUNNERS = {
             pack=ConvFirstWeights.pack,
             packed_for=("hidden", "conv_slab"),
             operator=ops.convfirst,
-            operator_options=("hidden_channels", "out_channels", "group_width", "activation", "residual"),
-            launch_options=("activation", "residual"),
+            operator_options=("hidden_channels", "out_channels", "group_width", "activation", "residual", "stride"),
+            launch_options=("activation", "residual", "stride"),
         ),
         Runner(
             CONVFIRST_DOWN_HOPPER,
@@ -130,8 +136,13 @@ RUNNERS = {
             pack=pack_mbconv_hopper,
             packed_for=("step",),
             operator=mbconv_ops.mbconv_hopper,
-            operator_options=("hidden_channels", "out_channels", "squeeze_channels", "activation", "residual"),
-            launch_options=("hidden_channels", "squeeze_channels", "activation", "residual"),
+            operator_options=(
+                *("hidden_channels", "out_channels", "squeeze_channels"),
+                *("activation", "squeeze_activation", "residual"),
+            ),
+            launch_options=("hidden_channels", "squeeze_channels", "activation", "squeeze_activation", "residual"),
+            other_activations="use an MBConvTile",
+            activations=mbconv_hopper_tile.ACTIVATIONS,
         ),
         Runner(
             MBCONV,
@@ -140,25 +151,33 @@ RUNNERS = {
             operator=mbconv_ops.mbconv,
             operator_options=(
                 *("hidden_channels", "out_channels", "squeeze_channels", "group_width"),
-                *("activation", "residual"),
+                *("activation", "squeeze_activation", "residual"),
             ),
-            launch_options=("activation", "residual"),
+            launch_options=("activation", "squeeze_activation", "residual"),
         ),
         Runner(
             MBCONV_DOWN_HOPPER,
             pack=pack_mbconv_hopper,
             packed_for=("step",),
             operator=mbconv_down_hopper,
-            operator_options=("hidden_channels", "out_channels", "squeeze_channels", "activation"),
-            launch_options=("hidden_channels", "squeeze_channels", "activation"),
+            operator_options=(
+                *("hidden_channels", "out_channels", "squeeze_channels"),
+                *("activation", "squeeze_activation", "blur"),
+            ),
+            launch_options=("hidden_channels", "squeeze_channels", "activation", "squeeze_activation", "blur"),
+            other_activations="use an MBConvDownTile",
+            activations=mbconv_hopper_tile.ACTIVATIONS,
         ),
         Runner(
             MBCONV_DOWN,
             pack=MBConvWeights.pack,
             packed_for=("hidden", "project_hidden", "channels", "conv_slab", "project_out"),
             operator=mbconv_down_ops.mbconv_down,
-            operator_options=("hidden_channels", "out_channels", "squeeze_channels", "group_width", "activation"),
-            launch_options=("activation",),
+            operator_options=(
+                *("hidden_channels", "out_channels", "squeeze_channels", "group_width"),
+                *("activation", "squeeze_activation", "blur"),
+            ),
+            launch_options=("activation", "squeeze_activation", "blur"),
         ),
         Runner(
             STEM,
@@ -217,20 +236,18 @@ def run(
     packed: tuple[Tensor, ...],
     tile: list[int],
     weights: Weights,
-    *,
-    activation: str,
-    residual: bool,
+    **options: object,
 ) -> Tensor:
     """Call the operator of a kernel on `x` `[N, C, H, W]`: `[N, K, H', W']`, channels_last, or a head's `[N, K]`.
 
     `kernel` is the name of the tile's family, `packed` are `pack(...).tensors()`, and `tile` is `Tile.to_ints()`: what
-    torch.compile takes as constants. Of `weights` only sizes are read. Raises what the operator raises, and ValueError
-    for an activation that the kernel does not have.
+    torch.compile takes as constants. Of `weights` only sizes are read; `options` are those of the block, by name, of
+    which the kernel takes what it has. Raises what the operator raises, and ValueError for an activation that the
+    kernel does not have.
     """
     runner = RUNNERS[kernel]
-    runner.check_activation(activation)
-    options = _options(runner.operator_options, weights, activation, residual)
-    return runner.operator(x, *packed, **options, tile=tile)
+    runner.check_activation(options["activation"])
+    return runner.operator(x, *packed, **_taken(runner.operator_options, weights, options), tile=tile)
 
 
 def launch(
@@ -239,24 +256,22 @@ def launch(
     out: Tensor,
     tile: Tile,
     weights: Weights,
-    *,
-    activation: str,
-    residual: bool,
+    **options: object,
 ) -> None:
     """Launch the kernel that `tile` belongs to on `x` into `out`, of shapes and layouts as in `run`.
 
-    Of `weights` only sizes are read. Runs on the current device and checks no shapes: for measurements, where `run`
-    would cost time and hide what a kernel leaves unwritten. Raises ValueError for an activation that the kernel does
-    not have.
+    Of `weights` only sizes are read, `options` are as in `run`. Runs on the current device and checks no shapes: for
+    measurements, where `run` would cost time and hide what a kernel leaves unwritten. Raises ValueError for an
+    activation that the kernel does not have.
     """
     kernel = family_of(tile).name
     runner = RUNNERS[kernel]
-    runner.check_activation(activation)
-    options = _options(runner.launch_options, weights, activation, residual)
+    runner.check_activation(options["activation"])
+    taken = _taken(runner.launch_options, weights, options)
     # Imported here: Triton takes a while, and a CPU needs none.
-    import_module(f"fusion.triton_kernels.{kernel}").launch(x, *packed.tensors(), out, **options, tile=tile)
+    import_module(f"fusion.triton_kernels.{kernel}").launch(x, *packed.tensors(), out, **taken, tile=tile)
 
 
-def _options(names: tuple[str, ...], weights: Weights, activation: str, residual: bool) -> dict[str, object]:
-    given = {"activation": activation, "residual": residual}
-    return {name: given[name] if name in given else getattr(weights, name) for name in names}
+def _taken(names: tuple[str, ...], weights: Weights, options: dict[str, object]) -> dict[str, object]:
+    """Options of the block and sizes of its weights, by name."""
+    return {name: options[name] if name in OPTIONS else getattr(weights, name) for name in names}

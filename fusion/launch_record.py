@@ -13,7 +13,11 @@ from fusion.planner.plan import Plan
 
 @dataclass(frozen=True)
 class InputKind:
-    """What a plan is made for: an input without its values."""
+    """What a plan is made for: an input without its values.
+
+    A symbolic size, of an input that torch.export traces, stands for many; plans are made for that of the example, and
+    no guard holds the exported program to it.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -21,7 +25,7 @@ class InputKind:
 
     @classmethod
     def of(cls, x: Tensor) -> "InputKind":
-        return cls(tuple(x.shape), x.dtype, x.device)
+        return cls(tuple(map(_example_size, x.shape)), x.dtype, x.device)
 
     def random(self) -> Tensor:
         """Such an input, normally distributed, images channels_last. Raises ValueError for dtypes that do not float."""
@@ -38,6 +42,14 @@ class Launch:
     blocks: tuple[nn.Module, ...]
     plan: Plan
     input: InputKind
+
+
+def _example_size(size: int | torch.SymInt) -> int:
+    if not isinstance(size, torch.SymInt):
+        return size
+    if size.node.hint is None:
+        raise ValueError(f"no kernel can be planned for the size {size}, of which no example is known")
+    return int(size.node.hint)
 
 
 _recording: ContextVar[list | None] = ContextVar("recording", default=None)

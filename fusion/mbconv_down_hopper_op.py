@@ -11,15 +11,17 @@ from fusion.op_checks import (
     any_of,
     check_gpu,
     check_input,
+    check_squeeze_activation,
     check_weights,
     empty_output,
     gradient_refusal,
+    is_too_many,
     refuse_malformed,
     tile_from_ints,
     weight_dtype,
 )
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile, why_malformed, why_not_covering
-from fusion.planner.mbconv_hopper_tile import GROUP_WIDTH, MAX_IMAGES
+from fusion.planner.mbconv_hopper_tile import ACTIVATIONS, GROUP_WIDTH, MAX_IMAGES
 
 NAME = "fusion::mbconv_down_hopper"
 INSTEAD = "pack the weights for an MBConvDownTile and call fusion::mbconv_down"
@@ -43,14 +45,17 @@ def mbconv_down_hopper(
     out_channels: int,
     squeeze_channels: int,
     activation: str,
+    squeeze_activation: str,
+    blur: bool,
     tile: list[int],
 ) -> Tensor:
     """MBConv block of stride 2 (section 5.4) of images of up to 32x32 pixels and groups of 8 channels as one kernel for
     Hopper GPUs.
 
-    `[N, C, H, W] -> [N, K, H / 2, W / 2]`, channels_last, for even H and W. It computes what `fusion::mbconv_down`
-    does, with tanh approximated and hidden channels rounded to the dtype of `x` after the expansion and after the
-    blur-pool. Equal inputs give equal bits: a program sums the squeeze vector of its image in order.
+    `[N, C, H, W] -> [N, K, ceil(H / 2), ceil(W / 2)]`, channels_last, with `blur` for even H and W only. It computes
+    what `fusion::mbconv_down` does, with tanh approximated and hidden channels rounded to the dtype of `x` after the
+    expansion and ahead of the gate. Equal inputs give equal bits: a program sums the squeeze vector of its image in
+    order.
 
     Args:
         x: fp16 or bf16 activations. Any other memory format than channels_last, or an address that is no multiple of
@@ -65,17 +70,17 @@ def mbconv_down_hopper(
         RuntimeError: the GPU is not of compute capability 9.0, a gradient would be needed, or the tensors are on
             several devices.
         TypeError: a dtype is not supported.
-        ValueError: shapes, activation and tile do not fit together.
+        ValueError: shapes, activations and tile do not fit together.
     """
     packed = PackedMBConvHopper(
         expand, taps, conv_bias, squeeze, squeeze_bias, excite, excite_bias, project, project_bias
     )
     sizes = hidden_channels, out_channels, squeeze_channels
-    config = _check(x, packed, *sizes, activation, tile)
+    config = _check(x, packed, *sizes, activation, squeeze_activation, blur, tile)
     x = x.contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu":
         (folded,) = unpack_mbconv_hopper(packed, config, x.shape[1], *sizes)
-        out = reference.mbconv_down(x, *vars(folded).values(), activation)
+        out = reference.mbconv_down(x, *vars(folded).values(), activation, squeeze_activation, blur)
         return out.contiguous(memory_format=torch.channels_last)
     check_gpu(NAME, x.device, INSTEAD)
     for weight in packed.tensors():
@@ -93,7 +98,9 @@ def mbconv_down_hopper(
                 hidden_channels=hidden_channels,
                 squeeze_channels=squeeze_channels,
                 activation=activation,
+                squeeze_activation=squeeze_activation,
                 tile=config,
+                blur=blur,
             )
     return out
 
@@ -114,12 +121,14 @@ def _(
     out_channels: int,
     squeeze_channels: int,
     activation: str,
+    squeeze_activation: str,
+    blur: bool,
     tile: list[int],
 ) -> Tensor:
     packed = PackedMBConvHopper(
         expand, taps, conv_bias, squeeze, squeeze_bias, excite, excite_bias, project, project_bias
     )
-    _check(x, packed, hidden_channels, out_channels, squeeze_channels, activation, tile)
+    _check(x, packed, hidden_channels, out_channels, squeeze_channels, activation, squeeze_activation, blur, tile)
     return empty_output(x, out_channels, stride=2)
 
 
@@ -133,6 +142,8 @@ def _check(
     out_channels: int,
     squeeze_channels: int,
     activation: str,
+    squeeze_activation: str,
+    blur: bool,
     tile: list[int],
 ) -> MBConvDownHopperTile:
     config = tile_from_ints(NAME, MBConvDownHopperTile, tile)
@@ -144,13 +155,14 @@ def _check(
             f"of {GROUP_WIDTH}; both are positive, and hidden channels a multiple of the group width"
         )
     refuse_malformed(NAME, config, why_malformed(config))
-    uncovered = why_not_covering(height, width)
+    uncovered = why_not_covering(height, width, blur)
     if uncovered:
         raise ValueError(f"{NAME}: {uncovered}; {INSTEAD}")
-    if batch > MAX_IMAGES:
+    if is_too_many(batch, MAX_IMAGES):
         raise ValueError(f"{NAME}: {batch} images are too many for a launch, split the batch")
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"{NAME}: activation {activation!r} is not supported, use {any_of(reference.ACTIVATIONS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{NAME}: activation {activation!r} is not supported, use {any_of(ACTIVATIONS)}")
+    check_squeeze_activation(NAME, squeeze_activation)
     shapes = packed_sizes(config, in_channels, hidden_channels, out_channels, squeeze_channels)
     check_weights(
         NAME,

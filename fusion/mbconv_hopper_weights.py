@@ -58,8 +58,13 @@ def pack_mbconv_hopper(
 ) -> PackedMBConvHopper:
     """Round once to `dtype` and lay out for `tile`, of either stride, zero wherever channels are padded.
 
-    Raises ValueError for groups that are not 8 channels wide.
+    Raises ValueError for groups that are not 8 channels wide, and for a convolution that is not 3x3.
     """
+    if weights.kernel_size != 3:
+        raise ValueError(
+            f"weights cannot be packed for {tile!r}: kernel size {weights.kernel_size} is not supported, use 3, or an "
+            "MBConvTile"
+        )
     if weights.group_width != GROUP_WIDTH:
         raise ValueError(
             f"weights cannot be packed for {tile!r}: groups of {weights.group_width} channels are not supported, only "

@@ -6,23 +6,25 @@ from torch.library import custom_op, triton_op, wrap_triton
 
 from fusion import reference
 from fusion.mbconv_hopper_weights import PackedMBConvHopper, packed_sizes, unpack_mbconv_hopper
-from fusion.mbconv_weights import PackedMBConv, mbconv_sizes, unpack_mbconv
+from fusion.mbconv_weights import PackedMBConv, mbconv_sizes, packed_kernel_size, unpack_mbconv
 from fusion.op_checks import (
     aligned,
     any_of,
     check_gpu,
     check_input,
     check_residual,
+    check_squeeze_activation,
     check_weights,
     empty_output,
     gradient_refusal,
+    is_too_many,
     refuse_malformed,
     tile_from_ints,
     weight_dtype,
 )
 from fusion.planner import mbconv_hopper_tile
 from fusion.planner.mbconv_hopper_tile import MAX_IMAGES, MBConvHopperTile
-from fusion.planner.mbconv_tile import MBConvTile, why_malformed, why_splits_groups
+from fusion.planner.mbconv_tile import MBConvTile, why_kernel_size_unsupported, why_malformed, why_splits_groups
 from fusion.planner.tile import MAX_IMAGE_ELEMENTS
 
 
@@ -44,28 +46,30 @@ def mbconv(
     squeeze_channels: int,
     group_width: int,
     activation: str,
+    squeeze_activation: str,
     residual: bool,
     tile: list[int],
 ) -> Tensor:
     """MBConv block (section 5.4) as two kernels a micro-batch: `[N, C, H, W] -> [N, K, H, W]`, channels_last.
 
-    1x1 expand, `activation` ("relu" or "silu"), grouped 3x3 convolution with zero padding 1, the same activation, a
-    gate of squeeze-and-excitation (mean, squeeze, ReLU, excite, sigmoid), 1x1 project, each with a bias, and with
-    `residual` the input added. All sums are fp32. The squeeze vector is summed in any order, so that two runs may
-    differ by rounding errors; under `torch.use_deterministic_algorithms(True)` it is summed in order, which is slower,
-    and equal inputs give equal bits.
+    1x1 expand, `activation` (one of `fusion.reference.ACTIVATIONS`), grouped 3x3 or 5x5 convolution with zero padding 1
+    or 2, the same activation, a gate of squeeze-and-excitation (mean, squeeze, `squeeze_activation`, "relu" or "silu",
+    excite, sigmoid), 1x1 project, each with a bias, and with `residual` the input added. All sums are fp32. The squeeze
+    vector is summed in any order, so that two runs may differ by rounding errors; under
+    `torch.use_deterministic_algorithms(True)` it is summed in order, which is slower, and equal inputs give equal bits.
 
     Args:
         x: fp16 or bf16 activations. Any other memory format than channels_last is converted first, at the cost of a
             copy. On a CPU any floating dtype will do: there the operator computes the reference.
-        expand, ..., project_bias: `fusion.mbconv_weights.PackedMBConv`, packed for `tile`.
+        expand, ..., project_bias: `fusion.mbconv_weights.PackedMBConv`, packed for `tile`; the shape of
+            `conv` tells the kernel size.
         hidden_channels, out_channels, squeeze_channels, group_width: sizes without their padding.
         tile: `MBConvTile.to_ints()`.
 
     Raises:
         RuntimeError: a gradient would be needed, or the tensors are on several devices.
         TypeError: a dtype is not supported.
-        ValueError: shapes, activation or tile do not fit together.
+        ValueError: shapes, activations or tile do not fit together.
     """
     config = tile_from_ints("fusion::mbconv", MBConvTile, tile)
     packed = PackedMBConv(
@@ -85,11 +89,13 @@ def mbconv(
         raise ValueError(
             f"fusion::mbconv: activation {activation!r} is not supported, use {any_of(reference.ACTIVATIONS)}"
         )
+    check_squeeze_activation("fusion::mbconv", squeeze_activation)
     check_residual("fusion::mbconv", residual, x.shape[1], out_channels)
     x = x.contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu":
         sizes = x.shape[1], hidden_channels, out_channels, squeeze_channels, group_width
-        out = reference.mbconv(x, *vars(unpack_mbconv(packed, *sizes)).values(), activation, residual)
+        folded = vars(unpack_mbconv(packed, *sizes)).values()
+        out = reference.mbconv(x, *folded, activation, residual, squeeze_activation)
         return out.contiguous(memory_format=torch.channels_last)
 
     from fusion.triton_kernels.mbconv import launch
@@ -102,6 +108,7 @@ def mbconv(
                 *packed.tensors(),
                 out,
                 activation=activation,
+                squeeze_activation=squeeze_activation,
                 residual=residual,
                 tile=config,
                 ordered=torch.are_deterministic_algorithms_enabled(),
@@ -128,13 +135,17 @@ def _check(
             f"fusion::mbconv: {hidden_channels} hidden and {squeeze_channels} squeeze channels with groups of "
             f"{group_width} do not go together; all are positive, and hidden channels a multiple of the group width"
         )
+    kernel_size = packed_kernel_size(packed.conv)
+    unsupported = why_kernel_size_unsupported(kernel_size)
+    if unsupported:
+        raise ValueError(f"fusion::mbconv: {unsupported}")
     refuse_malformed("fusion::mbconv", tile, why_malformed(tile) or why_splits_groups(tile, group_width))
     if x.shape[2] * x.shape[3] * tile.padded_hidden(hidden_channels) > MAX_IMAGE_ELEMENTS:
         raise ValueError(
             f"fusion::mbconv: images of {x.shape[2]}x{x.shape[3]} pixels and {hidden_channels} hidden channels are "
             "too large, split them: 2**31 elements are the limit"
         )
-    shapes = mbconv_sizes(tile, x.shape[1], hidden_channels, out_channels, squeeze_channels)
+    shapes = mbconv_sizes(tile, x.shape[1], hidden_channels, out_channels, squeeze_channels, kernel_size)
     check_weights(
         "fusion::mbconv",
         x,
@@ -165,6 +176,7 @@ def mbconv_hopper(
     out_channels: int,
     squeeze_channels: int,
     activation: str,
+    squeeze_activation: str,
     residual: bool,
     tile: list[int],
 ) -> Tensor:
@@ -189,18 +201,18 @@ def mbconv_hopper(
         RuntimeError: the GPU is not of compute capability 9.0, a gradient would be needed, or the tensors are on
             several devices.
         TypeError: a dtype is not supported.
-        ValueError: shapes, activation and tile do not fit together.
+        ValueError: shapes, activations and tile do not fit together.
     """
     packed = PackedMBConvHopper(
         expand, taps, conv_bias, squeeze, squeeze_bias, excite, excite_bias, project, project_bias
     )
     sizes = hidden_channels, out_channels, squeeze_channels
-    config = _check_hopper(x, packed, *sizes, activation, residual, tile)
+    config = _check_hopper(x, packed, *sizes, activation, squeeze_activation, residual, tile)
     x = x.contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu":
         out = x
         for folded in unpack_mbconv_hopper(packed, config, x.shape[1], *sizes):
-            out = reference.mbconv(out, *vars(folded).values(), activation, residual)
+            out = reference.mbconv(out, *vars(folded).values(), activation, residual, squeeze_activation)
         return out.contiguous(memory_format=torch.channels_last)
     check_gpu("fusion::mbconv_hopper", x.device, "pack the weights for an MBConvTile and call fusion::mbconv")
     for weight in packed.tensors():
@@ -218,6 +230,7 @@ def mbconv_hopper(
                 hidden_channels=hidden_channels,
                 squeeze_channels=squeeze_channels,
                 activation=activation,
+                squeeze_activation=squeeze_activation,
                 residual=residual,
                 tile=config,
             )
@@ -240,13 +253,15 @@ def _(
     out_channels: int,
     squeeze_channels: int,
     activation: str,
+    squeeze_activation: str,
     residual: bool,
     tile: list[int],
 ) -> Tensor:
     packed = PackedMBConvHopper(
         expand, taps, conv_bias, squeeze, squeeze_bias, excite, excite_bias, project, project_bias
     )
-    _check_hopper(x, packed, hidden_channels, out_channels, squeeze_channels, activation, residual, tile)
+    sizes = hidden_channels, out_channels, squeeze_channels
+    _check_hopper(x, packed, *sizes, activation, squeeze_activation, residual, tile)
     return empty_output(x, out_channels)
 
 
@@ -260,6 +275,7 @@ def _check_hopper(
     out_channels: int,
     squeeze_channels: int,
     activation: str,
+    squeeze_activation: str,
     residual: bool,
     tile: list[int],
 ) -> MBConvHopperTile:
@@ -276,10 +292,12 @@ def _check_hopper(
     uncovered = mbconv_hopper_tile.why_not_covering(config, height, width)
     if uncovered:
         raise ValueError(f"{op}: {uncovered}; take the tile of a plan for this size")
-    if batch > MAX_IMAGES:
+    if is_too_many(batch, MAX_IMAGES):
         raise ValueError(f"{op}: {batch} images are too many for a launch, split the batch")
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"{op}: activation {activation!r} is not supported, use {any_of(reference.ACTIVATIONS)}")
+    supported = mbconv_hopper_tile.ACTIVATIONS
+    if activation not in supported:
+        raise ValueError(f"{op}: activation {activation!r} is not supported, use {any_of(supported)}")
+    check_squeeze_activation(op, squeeze_activation)
     blocks = max(1, len(packed.expand)) if packed.expand.dim() else 1
     if blocks > 1 and not residual:
         raise ValueError(f"{op}: {blocks} blocks in one launch without residuals are not supported, call it for each")

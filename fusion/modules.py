@@ -1,15 +1,16 @@
 """Inference twins of blocks: modules with folded weights that run a block as one operator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from fusion import kernels
+from fusion import kernels, reference
 from fusion.ffn_weights import FfnWeights
 from fusion.kernels import Packed, Weights
-from fusion.launch_record import record_launch
+from fusion.launch_record import InputKind, record_launch
 from fusion.mbconv_weights import MBConvWeights
+from fusion.op_checks import empty_output
 from fusion.planner.blocks import convfirst as convfirst_graph
 from fusion.planner.blocks import ffn as ffn_graph
 from fusion.planner.blocks import mbconv as mbconv_graph
@@ -17,6 +18,7 @@ from fusion.planner.families import Tile
 from fusion.planner.graph import BlockGraph
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import Processor
+from fusion.real_tensors import make_for_all, real_tensors
 from fusion.weights import ConvFirstWeights
 
 Tuner = Callable[[BlockGraph, str | Processor], Plan]
@@ -38,6 +40,13 @@ class FusedBlock(nn.Module):
     Raises (in `forward`): what the operator raises, and PlanError when no tile fits the input's shape.
     """
 
+    OPTIONS = ("activation", "residual")
+    """Attributes that are neither sizes nor weights, but say what the block computes: its graph and kernels take them
+    (`fusion.planner.match.OPTIONS`)."""
+
+    stride = 1
+    """Height and width of the input as multiples of the output's."""
+
     def __init__(self, weights: Weights, *, activation: str, residual: bool, tuner: Tuner = plan_block):
         super().__init__()
         self.weights = weights
@@ -47,14 +56,21 @@ class FusedBlock(nn.Module):
         self._plans: dict[tuple, Plan] = {}
         self._packed: dict[tuple, Packed] = {}
 
-    def plan(self, x: Tensor) -> Plan:
+    def plan(self, x: Tensor | InputKind) -> Plan:
         """The plan for inputs like `x`."""
+        if isinstance(x, Tensor):
+            x = InputKind.of(x)
         key = (x.device, kernel_dtype(x.dtype), *x.shape)
         if key not in self._plans:
             batch, channels, height, width = x.shape
             graph = self.graph(max(batch, 1), height, width, channels, x.dtype)
             self._plans[key] = self.tuner(graph, processor_of_device(x.device))
         return self._plans[key]
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What the block computes, besides sizes, by name."""
+        return {name: getattr(self, name) for name in self.OPTIONS}
 
     @property
     def plans(self) -> list[tuple[torch.device, Plan]]:
@@ -81,9 +97,8 @@ class FusedBlock(nn.Module):
             channels,
             hidden_channels=self.weights.hidden_channels,
             out_channels=self.weights.out_channels,
-            activation=self.activation,
-            residual=self.residual,
             dtype=kernel_dtype(dtype),
+            **self.options,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,17 +110,32 @@ class FusedBlock(nn.Module):
 
     def run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
         """Run the block with these packed weights, or several blocks of its sizes with theirs, where a kernel can."""
-        return kernels.run(kernel, x, packed, tile, self.weights, activation=self.activation, residual=self.residual)
+        return kernels.run(kernel, x, packed, tile, self.weights, **self.options)
+
+    def layerwise(self, x: Tensor) -> Tensor:
+        """What the block computes, layer by layer in plain PyTorch, in the dtype of `x`."""
+        raise NotImplementedError
+
+    def empty_output(self, x: Tensor) -> Tensor:
+        """What the block gives for inputs like `x`, not initialised."""
+        return empty_output(x, self.weights.out_channels, self.stride)
+
+    def repack(self) -> None:
+        """Pack the weights again, into the tensors that hold them, after others were put in their place."""
+        tiles = {kernels.packing(plan.tile): plan.tile for _, plan in self.plans}
+        for (device, dtype, *layout), packed in self._packed.items():
+            copy_packed(packed, kernels.pack(self.weights, tiles[tuple(layout)], dtype, device))
 
     def extra_repr(self) -> str:
         weights = self.weights
-        return (
-            f"{weights.in_channels}, {weights.out_channels}, hidden_channels={weights.hidden_channels}, "
-            f"activation={self.activation!r}, residual={self.residual}"
-        )
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{weights.in_channels}, {weights.out_channels}, hidden_channels={weights.hidden_channels}, {options}"
 
     def _graph(self, *sizes: int, **options) -> BlockGraph:
         raise NotImplementedError
+
+    def _weights_on(self, device: torch.device) -> Iterator[Tensor]:
+        return (tensor.to(device) for tensor in vars(self.weights).values())
 
     @torch.compiler.assume_constant_result
     def _layout(self, x: Tensor) -> tuple[str, list[int], tuple[Tensor, ...]]:
@@ -118,11 +148,8 @@ class FusedBlock(nn.Module):
     def _pack(self, tile: Tile, x: Tensor) -> Packed:
         key = (x.device, x.dtype, *kernels.packing(tile))
         if key not in self._packed:
-            # Ordinary tensors, whatever mode the first caller is in: they are kept for all.
-            with torch.inference_mode(False), torch.no_grad():
-                packed = kernels.pack(self.weights, tile, x.dtype, x.device)
-            finish_packing(x.device)
-            self._packed[key] = packed
+            dtype, device = x.dtype, x.device
+            self._packed[key] = make_for_all(lambda: kernels.pack(self.weights, tile, dtype, device), device)
         return self._packed[key]
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -134,12 +161,33 @@ class FusedBlock(nn.Module):
 
 
 class FusedConvFirst(FusedBlock):
-    """ConvFirst block of stride 1 for inference (see `FusedBlock`)."""
+    """ConvFirst block without a blur-pool for inference: `[N, C, H, W] -> [N, K, ceil(H / stride), ceil(W / stride)]`,
+    channels_last.
+
+    `stride` is that of the grouped convolution, 1 or 2; with 2 there is no residual. For the rest see `FusedBlock`.
+    """
+
+    OPTIONS = (*FusedBlock.OPTIONS, "stride")
 
     weights: ConvFirstWeights
 
+    def __init__(
+        self,
+        weights: ConvFirstWeights,
+        *,
+        activation: str,
+        residual: bool,
+        stride: int = 1,
+        tuner: Tuner = plan_block,
+    ):
+        super().__init__(weights, activation=activation, residual=residual, tuner=tuner)
+        self.stride = stride
+
     def _graph(self, *sizes: int, **options) -> BlockGraph:
-        return convfirst_graph(*sizes, group_width=self.weights.group_width, **options)
+        return convfirst_graph(*sizes, group_width=self.weights.group_width, blur=False, **options)
+
+    def layerwise(self, x: Tensor) -> Tensor:
+        return reference.convfirst(x, *self._weights_on(x.device), **self.options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_width={self.weights.group_width}"
@@ -153,23 +201,50 @@ class FusedFfn(FusedBlock):
     def _graph(self, *sizes: int, **options) -> BlockGraph:
         return ffn_graph(*sizes, **options)
 
+    def layerwise(self, x: Tensor) -> Tensor:
+        return reference.ffn(x, *self._weights_on(x.device), **self.options)
+
 
 class FusedMBConv(FusedBlock):
-    """MBConv block of stride 1 with squeeze-and-excitation for inference (see `FusedBlock`)."""
+    """MBConv block of stride 1 with squeeze-and-excitation for inference (see `FusedBlock`).
+
+    `squeeze_activation` is that inside of squeeze-and-excitation, "relu" or "silu".
+    """
+
+    OPTIONS = (*FusedBlock.OPTIONS, "squeeze_activation")
 
     weights: MBConvWeights
+
+    def __init__(
+        self,
+        weights: MBConvWeights,
+        *,
+        activation: str,
+        residual: bool,
+        squeeze_activation: str = "relu",
+        tuner: Tuner = plan_block,
+    ):
+        super().__init__(weights, activation=activation, residual=residual, tuner=tuner)
+        self.squeeze_activation = squeeze_activation
 
     @property
     def sizes(self) -> tuple[object, ...]:
         """What blocks must have in common to run in one launch."""
         shapes = tuple(tensor.shape for tensor in vars(self.weights).values())
-        return *shapes, self.activation, self.residual
+        return *shapes, *self.options.values()
 
     def _graph(self, *sizes: int, **options) -> BlockGraph:
         weights = self.weights
         return mbconv_graph(
-            *sizes, group_width=weights.group_width, squeeze_channels=weights.squeeze_channels, **options
+            *sizes,
+            group_width=weights.group_width,
+            squeeze_channels=weights.squeeze_channels,
+            kernel_size=weights.kernel_size,
+            **options,
         )
+
+    def layerwise(self, x: Tensor) -> Tensor:
+        return reference.mbconv(x, *self._weights_on(x.device), **self.options)
 
     def extra_repr(self) -> str:
         weights = self.weights
@@ -181,10 +256,14 @@ def kernel_dtype(dtype: torch.dtype) -> str:
     return "bfloat16" if dtype == torch.bfloat16 else "float16"
 
 
-def finish_packing(device: torch.device) -> None:
-    """Wait for weights being packed on a device: they serve all streams."""
+def copy_packed(packed: Packed, new: Packed) -> None:
+    """Overwrite packed weights with others of their layout. Whatever runs with them sees the others."""
+    with torch.no_grad():
+        for old_tensor, new_tensor in zip(packed.tensors(), new.tensors(), strict=True):
+            old_tensor.copy_(new_tensor)
+    device = packed.tensors()[0].device
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+        torch.cuda.synchronize(device)  # a kernel may read its weights before the one ahead of it has finished
 
 
 def processor_of_device(device: torch.device) -> str | Processor:
@@ -193,4 +272,5 @@ def processor_of_device(device: torch.device) -> str | Processor:
         return REFERENCE_PROCESSOR
     from fusion.probe import processor_of
 
-    return processor_of(device)
+    with real_tensors():  # a GPU that is not known is measured
+        return processor_of(device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fusion.planner.families import Tile
 from fusion.planner.hopper_tile import COMPUTE_CAPABILITY
 from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_IMAGE_ELEMENTS
+from fusion.reference import SQUEEZE_ACTIVATIONS
 
 GPU_DTYPES = tuple(getattr(torch, name) for name in KERNEL_DTYPES)
 
@@ -71,12 +72,29 @@ def check_image_size(op: str, x: Tensor, elements: int) -> None:
         )
 
 
+def is_too_many(count: int | torch.SymInt, limit: int) -> bool:
+    """Whether there is more of something than a launch can have, as far as it is known.
+
+    Of a batch of any size, which torch.export traces, it is not: judging it would set a limit to the exported program's
+    input. An operator that the program calls judges then.
+    """
+    return isinstance(count, int) and count > limit
+
+
 def check_residual(op: str, residual: bool, in_channels: int, out_channels: int) -> None:
     """Raises ValueError if a residual is asked for that cannot be added."""
     if residual and out_channels != in_channels:
         raise ValueError(
             f"{op}: a residual of {in_channels} input channels cannot be added to {out_channels} output channels; they "
             "must be equal, or pass residual=False"
+        )
+
+
+def check_squeeze_activation(op: str, squeeze_activation: str) -> None:
+    """Raises ValueError for an activation that no kernel has inside of squeeze-and-excitation."""
+    if squeeze_activation not in SQUEEZE_ACTIVATIONS:
+        raise ValueError(
+            f"{op}: squeeze_activation {squeeze_activation!r} is not supported, use {any_of(SQUEEZE_ACTIVATIONS)}"
         )
 
 
@@ -124,11 +142,17 @@ def weight_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def empty_output(x: Tensor, out_channels: int, stride: int = 1) -> Tensor:
-    """`[N, K, ceil(H / stride), ceil(W / stride)]` like `x` `[N, C, H, W]`, channels_last."""
+    """`[N, K, ceil(H / stride), ceil(W / stride)]` like `x` `[N, C, H, W]`, channels_last.
+
+    By strides: Inductor does not see a memory format here, and would copy what is empty into one that has it.
+    """
     batch, _, height, width = x.shape
     height, width = (height + stride - 1) // stride, (width + stride - 1) // stride
-    return torch.empty(
-        (batch, out_channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    return torch.empty_strided(
+        (batch, out_channels, height, width),
+        (height * width * out_channels, 1, width * out_channels, out_channels),
+        dtype=x.dtype,
+        device=x.device,
     )
 
 

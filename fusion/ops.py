@@ -15,6 +15,7 @@ from fusion.op_checks import (
     check_weights,
     empty_output,
     gradient_refusal,
+    is_too_many,
     refuse_malformed,
     tile_from_ints,
     weight_dtype,
@@ -42,12 +43,14 @@ def convfirst(
     group_width: int,
     activation: str,
     residual: bool,
+    stride: int,
     tile: list[int],
 ) -> Tensor:
-    """ConvFirst block (section 5.3) as one kernel: `[N, C, H, W] -> [N, K, H, W]`, channels_last.
+    """ConvFirst block (section 5.3) as one kernel: `[N, C, H, W] -> [N, K, ceil(H / stride), ceil(W / stride)]`.
 
-    Grouped 3x3 convolution with zero padding 1, 1x1 expand with bias, `activation` ("relu" or "silu"), 1x1 project
-    with bias, and with `residual` the input added. All sums are fp32.
+    Grouped 3x3 convolution of stride 1 or 2 with zero padding 1, 1x1 expand with bias, `activation` (one of
+    `fusion.reference.ACTIVATIONS`), 1x1 project with bias, and with `residual` the input added. All sums are fp32;
+    the result is channels_last. With stride 2 there is no residual.
 
     Args:
         x: fp16 or bf16 activations. Any other memory format than channels_last is converted first, at the cost of a
@@ -69,6 +72,7 @@ def convfirst(
         raise ValueError(
             f"fusion::convfirst: activation {activation!r} is not supported, use {any_of(reference.ACTIVATIONS)}"
         )
+    _check_stride(stride, residual)
     check_residual("fusion::convfirst", residual, x.shape[1], out_channels)
     x = x.contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu":
@@ -81,12 +85,13 @@ def convfirst(
             project_bias[:out_channels],
             activation,
             residual,
+            stride,
         )
         return out.contiguous(memory_format=torch.channels_last)
 
     from fusion.triton_kernels.convfirst import convfirst_kernel, launch
 
-    out = empty_output(x, out_channels)
+    out = empty_output(x, out_channels, stride)
     if x.numel():
         with torch.cuda.device(x.device):
             launch(
@@ -99,6 +104,7 @@ def convfirst(
                 out,
                 activation=activation,
                 residual=residual,
+                stride=stride,
                 tile=config,
                 kernel=wrap_triton(convfirst_kernel),
             )
@@ -106,6 +112,16 @@ def convfirst(
 
 
 convfirst.register_autograd(lambda ctx, grad: None, setup_context=gradient_refusal("fusion::convfirst"))
+
+
+def _check_stride(stride: int, residual: bool) -> None:
+    if stride not in (1, 2):
+        raise ValueError(f"fusion::convfirst: stride {stride} is not supported, use 1 or 2")
+    if residual and stride != 1:
+        raise ValueError(
+            f"fusion::convfirst: a residual cannot be added to the smaller output of stride {stride}; use stride 1, or "
+            "pass residual=False"
+        )
 
 
 def _check_convfirst(
@@ -330,7 +346,7 @@ def _check_ffn_hopper(
     check_input("fusion::ffn_hopper", x, out_channels)
     refuse_malformed("fusion::ffn_hopper", config, ffn_tile.why_malformed(config, hidden_channels))
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    if pixels >= MAX_PIXELS:
+    if is_too_many(pixels, MAX_PIXELS - 1):
         raise ValueError(f"fusion::ffn_hopper: {pixels} pixels are too many for a launch, split the batch")
     shapes = ffn_sizes(config, x.shape[1], hidden_channels, out_channels)
     check_weights(

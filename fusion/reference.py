@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "relu6": F.relu6, "gelu": F.gelu, "hardswish": F.hardswish}
+"""By name; GELU is the exact one, by the error function."""
+SQUEEZE_ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
+"""Of a squeeze layer."""
 EDGE_ACTIVATIONS = {**ACTIVATIONS, "none": lambda x: x}
 """Of a network's first and last convolution."""
 ERROR_FACTOR = 2
@@ -20,12 +23,14 @@ def convfirst(
     project_bias: Tensor,
     activation: str,
     residual: bool,
+    stride: int = 1,
 ) -> Tensor:
-    """ConvFirst block (section 5.3) of `x` `[N, C, H, W]` in the dtype of `x`: `[N, K, H, W]`.
+    """ConvFirst block (section 5.3) of `x` `[N, C, H, W]` in its dtype: `[N, K, ceil(H / stride), ceil(W / stride)]`.
 
-    Weights as in `fusion.weights.ConvFirstWeights`, of any dtype; the arithmetic is that of `x`.
+    `stride` is that of the grouped convolution. Weights as in `fusion.weights.ConvFirstWeights`, `expand` being
+    `[hidden, C]`, of any dtype; the arithmetic is that of `x`.
     """
-    y = F.conv2d(x, conv.to(x.dtype), padding=1, groups=x.shape[1] // conv.shape[1])
+    y = F.conv2d(x, conv.to(x.dtype), stride=stride, padding=1, groups=x.shape[1] // conv.shape[1])
     z = ffn(y, expand, expand_bias, project, project_bias, activation, residual=False)
     return x + z if residual else z
 
@@ -39,7 +44,8 @@ def convfirst_down(
     project_bias: Tensor,
     activation: str,
 ) -> Tensor:
-    """Stride-2 ConvFirst block (section 5.3) of `x` `[N, C, H, W]` in its dtype: `[N, K, ceil(H / 2), ceil(W / 2)]`.
+    """Stride-2 ConvFirst block with its blur-pool (section 5.3) of `x` `[N, C, H, W]` in its dtype:
+    `[N, K, ceil(H / 2), ceil(W / 2)]`.
 
     Weights as in `fusion.weights.ConvFirstWeights`, `expand` being `[hidden, 2 C]`, of any dtype; the arithmetic is
     that of `x`. H and W must be at least 2 (torch raises RuntimeError otherwise).
@@ -90,6 +96,7 @@ def mbconv(
     project_bias: Tensor,
     activation: str,
     residual: bool,
+    squeeze_activation: str = "relu",
 ) -> Tensor:
     """MBConv block (section 5.4) of `x` `[N, C, H, W]` in the dtype of `x`: `[N, K, H, W]`.
 
@@ -97,7 +104,8 @@ def mbconv(
     """
     weights = (expand, expand_bias, conv, conv_bias, squeeze, squeeze_bias, excite, excite_bias, project, project_bias)
     expand, expand_bias, conv, conv_bias, *gated = (w.to(x.dtype) for w in weights)
-    z = _gated_projection(_expanded_conv(x, expand, expand_bias, conv, conv_bias, activation), *gated)
+    y = _expanded_conv(x, expand, expand_bias, conv, conv_bias, activation)
+    z = _gated_projection(y, *gated, squeeze_activation)
     return x + z if residual else z
 
 
@@ -114,24 +122,28 @@ def mbconv_down(
     project: Tensor,
     project_bias: Tensor,
     activation: str,
+    squeeze_activation: str = "relu",
+    blur: bool = True,
 ) -> Tensor:
     """Stride-2 MBConv block (section 5.4) of `x` `[N, C, H, W]` in its dtype: `[N, K, ceil(H / 2), ceil(W / 2)]`.
 
-    Weights as in `fusion.mbconv_weights.MBConvWeights`, of any dtype; the arithmetic is that of `x`. H and W must be
-    at least 2 (torch raises RuntimeError otherwise).
+    Weights as in `fusion.mbconv_weights.MBConvWeights`, of any dtype; the arithmetic is that of `x`. The convolution
+    is followed by a blur-pool, for which H and W must be at least 2 (torch raises RuntimeError otherwise), or, if not
+    `blur`, has stride 2 itself.
     """
     weights = (expand, expand_bias, conv, conv_bias, squeeze, squeeze_bias, excite, excite_bias, project, project_bias)
     expand, expand_bias, conv, conv_bias, *gated = (w.to(x.dtype) for w in weights)
-    y = blur_pool(_expanded_conv(x, expand, expand_bias, conv, conv_bias, activation))
-    return _gated_projection(y, *gated)
+    y = _expanded_conv(x, expand, expand_bias, conv, conv_bias, activation, stride=1 if blur else 2)
+    y = blur_pool(y) if blur else y
+    return _gated_projection(y, *gated, squeeze_activation)
 
 
 def _expanded_conv(
-    x: Tensor, expand: Tensor, expand_bias: Tensor, conv: Tensor, conv_bias: Tensor, activation: str
+    x: Tensor, expand: Tensor, expand_bias: Tensor, conv: Tensor, conv_bias: Tensor, activation: str, stride: int = 1
 ) -> Tensor:
     act = ACTIVATIONS[activation]
     h = act(F.conv2d(x, expand[:, :, None, None], expand_bias))
-    return act(F.conv2d(h, conv, conv_bias, padding=1, groups=h.shape[1] // conv.shape[1]))
+    return act(F.conv2d(h, conv, conv_bias, stride, padding=conv.shape[-1] // 2, groups=h.shape[1] // conv.shape[1]))
 
 
 def _gated_projection(
@@ -142,8 +154,9 @@ def _gated_projection(
     excite_bias: Tensor,
     project: Tensor,
     project_bias: Tensor,
+    activation: str,
 ) -> Tensor:
-    squeezed = F.relu(F.linear(y.mean((2, 3)), squeeze, squeeze_bias))
+    squeezed = SQUEEZE_ACTIVATIONS[activation](F.linear(y.mean((2, 3)), squeeze, squeeze_bias))
     gate = F.sigmoid(F.linear(squeezed, excite, excite_bias))
     return F.conv2d(y * gate[:, :, None, None], project[:, :, None, None], project_bias)
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from fusion import kernels
-from fusion.launch_record import record_launch
+from fusion.launch_record import InputKind, record_launch
 from fusion.mbconv_hopper_weights import PackedMBConvHopper
-from fusion.modules import FusedBlock, FusedMBConv, finish_packing, processor_of_device
+from fusion.modules import FusedBlock, FusedMBConv, copy_packed, processor_of_device
 from fusion.planner.families import MBCONV_HOPPER
 from fusion.planner.micro_batch import micro_batch_images
 from fusion.planner.processor import get_processor
+from fusion.real_tensors import make_for_all
 
 MicroBatch = int | Literal["auto"] | None
 
@@ -23,7 +24,7 @@ class FusedStage(nn.Module):
     `micro_batch` is the number of images that run through all blocks before the next ones, so that activations and
     weights stay in the L2 cache; None stands for the whole batch, and with "auto" the planner chooses for every shape
     of the input. The micro-batches' outputs are joined at the cost of a copy. Blocks are planned for the size of a
-    micro-batch.
+    micro-batch. Programs that torch.export makes always run the whole batch.
 
     MBConv blocks of equal sizes with residuals that follow each other, and run on the Hopper kernel, run in one launch
     with `one_launch`: a processor takes an image through all of them, and only the first one's input and the last one's
@@ -51,7 +52,8 @@ class FusedStage(nn.Module):
     @torch.compiler.assume_constant_result
     def images(self, x: Tensor) -> int:
         """Images of a micro-batch for inputs like `x`."""
-        batch = max(len(x), 1)
+        batch, *_ = InputKind.of(x).shape
+        batch = max(batch, 1)
         if self.micro_batch is None:
             return batch
         if self.micro_batch != "auto":
@@ -74,7 +76,7 @@ class FusedStage(nn.Module):
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"FusedStage: the input must be [N, {channels}, H, W], got {list(x.shape)}")
         outs = []
-        for part in x.split(self.images(x)):
+        for part in (x,) if self._takes_whole_batch() else x.split(self.images(x)):
             first = 0
             while first < len(self.blocks):
                 count = self._together(first, part)
@@ -87,10 +89,19 @@ class FusedStage(nn.Module):
         return f"micro_batch={self.micro_batch!r}, one_launch={self.one_launch}"
 
     @torch.compiler.assume_constant_result
+    def _takes_whole_batch(self) -> bool:
+        """An exported program does: it cannot have more parts for a larger batch.
+
+        Asked as a constant, for within torch.compile torch 2.11 always says that it is exporting.
+        """
+        return self.micro_batch is None or torch.compiler.is_exporting()
+
+    @torch.compiler.assume_constant_result
     def _together(self, first: int, x: Tensor) -> int:
         """How many blocks from `first` on run in one launch for an input like `x`: one, or more."""
         block = self.blocks[first]
-        if not (self.one_launch and _can_join(block) and block.residual) or len(x) == 0:
+        batch, *_ = InputKind.of(x).shape
+        if not (self.one_launch and _can_join(block) and block.residual) or batch == 0:
             return 1
         plan = block.plan(x)
         if plan.kernel != MBCONV_HOPPER.name:
@@ -107,6 +118,16 @@ class FusedStage(nn.Module):
         """Weights of blocks that run in one launch, by the first's place, their number, device, dtype and layout."""
         return self._stacked
 
+    def repack(self) -> None:
+        """Pack the blocks' weights again, into the tensors that hold them, after others were put in their place."""
+        for block in self.blocks:
+            block.repack()
+        for (first, count, device, dtype, *layout), packed in self._stacked.items():
+            blocks = self.blocks[first : first + count]
+            tiles = {kernels.packing(plan.tile): plan.tile for _, plan in blocks[0].plans}
+            weights = [block.weights for block in blocks]
+            copy_packed(packed, kernels.pack_stage(weights, tiles[tuple(layout)], dtype, device))
+
     def _run_together(self, first: int, count: int, x: Tensor) -> Tensor:
         block = self.blocks[first]
         kernel, tile, packed = self._layout(first, count, x)
@@ -120,11 +141,8 @@ class FusedStage(nn.Module):
         record_launch(blocks, plan, x)
         key = (first, count, x.device, x.dtype, *kernels.packing(plan.tile))
         if key not in self._stacked:
-            with torch.inference_mode(False), torch.no_grad():
-                weights = [block.weights for block in blocks]
-                packed = kernels.pack_stage(weights, plan.tile, x.dtype, x.device)
-            finish_packing(x.device)
-            self._stacked[key] = packed
+            weights, tile, dtype, device = [block.weights for block in blocks], plan.tile, x.dtype, x.device
+            self._stacked[key] = make_for_all(lambda: kernels.pack_stage(weights, tile, dtype, device), device)
         return plan.kernel, plan.tile.to_ints(), self._stacked[key].tensors()
 
 

@@ -1,7 +1,8 @@
 """Inference twin of a network's stem together with the ConvFirst block after it (see `fusion.modules`)."""
 
-from torch import nn
+from torch import Tensor, nn
 
+from fusion import reference
 from fusion.edge_modules import FusedStem
 from fusion.modules import FusedBlock, FusedConvFirst, Tuner
 from fusion.planner.blocks import stem_convfirst as stem_convfirst_graph
@@ -9,6 +10,7 @@ from fusion.planner.graph import BlockGraph
 from fusion.planner.hopper_tile import GROUP_WIDTH
 from fusion.planner.plan import plan_block
 from fusion.planner.stem_convfirst_hopper_tile import IN_CHANNELS, STEM_SLABS
+from fusion.planner.stem_tile import STRIDE
 from fusion.stem_convfirst_weights import StemConvFirstWeights
 
 
@@ -24,6 +26,11 @@ class FusedStemConvFirst(FusedBlock):
 
     def __init__(self, weights: StemConvFirstWeights, *, activation: str, residual: bool, tuner: Tuner = plan_block):
         super().__init__(weights, activation=activation, residual=residual, tuner=tuner)
+
+    stride = STRIDE
+
+    def layerwise(self, x: Tensor) -> Tensor:
+        return reference.stem_convfirst(x, *self._weights_on(x.device), **self.options)
 
     def _graph(self, *sizes: int, **options) -> BlockGraph:
         weights = self.weights
@@ -50,6 +57,7 @@ def join_stem(stem: nn.Module, block: nn.Module) -> FusedStemConvFirst | None:
         and stem.weights.in_channels == IN_CHANNELS
         and stem.weights.out_channels == block.weights.in_channels <= max(STEM_SLABS)
         and block.weights.group_width == GROUP_WIDTH
+        and block.stride == 1
     )
     if not fits:
         return None

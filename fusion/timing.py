@@ -1,4 +1,4 @@
-"""Timing on a GPU: median of CUDA graph replays."""
+"""Timing on a GPU: median of CUDA graph replays, or mean of calls."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -41,6 +41,24 @@ def queued_us(run: Callable[[], object], replays: int = 30, warmup: int = 5) -> 
         mark.record()
     torch.cuda.synchronize()
     return median(start.elapsed_time(stop) * 1e3 for start, stop in pairwise(marks[warmup:]))
+
+
+def called_us(run: Callable[[], object], calls: int = 30, warmup: int = 5) -> float:
+    """Mean duration in microseconds of calls of `run` that wait behind each other in the stream.
+
+    For what cannot be captured, such as code that replays CUDA graphs of its own. The launch overhead of Python counts
+    where the GPU waits for it.
+    """
+    for _ in range(warmup):
+        run()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e3 / calls
 
 
 def capture(run: Callable[[], object], warmup: int = 3) -> torch.cuda.CUDAGraph:

@@ -17,22 +17,72 @@ from fusion.planner.hopper_tile import (
 from fusion.planner.tile import ConvFirstTile
 
 
-def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight `[K, T, R, S]` and bias `[K]`, in float64, of the convolution that equals `conv` followed by `bn`.
+@dataclass(frozen=True)
+class Statistics:
+    """Tensors `[K]` of a batch norm in eval mode, which normalises by its running statistics."""
 
-    Uses the running statistics, as `bn` does in eval mode. Raises ValueError if there are none.
-    """
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError(
-            "batch norm without running statistics cannot be folded: it normalises by each batch's own; build it with "
-            "track_running_stats=True, or leave the block unfused"
-        )
-    weight = conv.weight.detach().double()
-    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.detach().double()
-    gamma = torch.ones_like(bias) if bn.weight is None else bn.weight.detach().double()
-    beta = torch.zeros_like(bias) if bn.bias is None else bn.bias.detach().double()
-    scale = gamma / torch.sqrt(bn.running_var.double() + bn.eps)
-    return weight * scale[:, None, None, None], beta + (bias - bn.running_mean.double()) * scale
+    mean: Tensor
+    variance: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, bn: nn.BatchNorm2d) -> "Statistics":
+        """Raises ValueError if the batch norm has no running statistics."""
+        if bn.running_mean is None or bn.running_var is None:
+            raise ValueError(
+                "batch norm without running statistics cannot be folded: it normalises by each batch's own; build it "
+                "with track_running_stats=True, or leave the block unfused"
+            )
+        return cls(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A convolution or linear layer with all that is folded into it, float64: `weight` `[K, ...]`, `bias` `[K]`."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def fold(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        statistics: Statistics | None = None,
+        scale: Tensor | None = None,
+    ) -> "LinearMap":
+        """A layer, a batch norm after it, then a product with `scale`, `[K]` or a single number.
+
+        Shares no memory with the arguments, which may have any floating dtype.
+        """
+        weight = weight.detach().to(torch.float64, copy=True)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(torch.float64, copy=True)
+        if statistics is not None:
+            gamma = torch.ones_like(bias) if statistics.gamma is None else statistics.gamma.detach().double()
+            beta = torch.zeros_like(bias) if statistics.beta is None else statistics.beta.detach().double()
+            factor = gamma / torch.sqrt(statistics.variance.detach().double() + statistics.eps)
+            weight, bias = _scaled(weight, factor), beta + (bias - statistics.mean.detach().double()) * factor
+        if scale is not None:
+            factor = scale.detach().double().flatten().expand(len(weight))
+            weight, bias = _scaled(weight, factor), bias * factor
+        return cls(weight, bias)
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d | nn.Linear, bn: nn.BatchNorm2d | None = None) -> "LinearMap":
+        """A layer and the batch norm after it, by its running statistics. Raises ValueError if it has none."""
+        return cls.fold(layer.weight, layer.bias, None if bn is None else Statistics.of(bn))
+
+    @property
+    def matrix(self) -> Tensor:
+        """`[K, C]`, of a linear layer or a 1x1 convolution."""
+        return self.weight.flatten(1)
+
+
+def _scaled(weight: Tensor, factor: Tensor) -> Tensor:
+    """Each of K filters times its factor."""
+    return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -43,8 +93,9 @@ class ConvFirstWeights:
     `[K, hidden]`, `project_bias` `[K]`. The convolution's bias is part of `expand_bias`: nothing non-linear stands
     between the two, and the zero padding comes before the convolution.
 
-    Of a block of stride 2 `expand` is `[hidden, 2 C]`, the block's input first and then the convolution's output. The
-    blur-pool between the two linear maps leaves constants as they are.
+    Of a block of stride 2 with a blur-pool `expand` is `[hidden, 2 C]`, the block's input first and then the
+    convolution's output. The blur-pool between the two linear maps leaves constants as they are. The weights do not
+    tell the stride of the convolution itself.
     """
 
     conv: Tensor
@@ -63,27 +114,23 @@ class ConvFirstWeights:
         project: nn.Conv2d,
         project_bn: nn.BatchNorm2d,
     ) -> "ConvFirstWeights":
-        """Fold the layers of a block (section 5.5), of stride 1 or 2, into weights that share no memory with them."""
-        conv_weight, conv_bias = fold_batch_norm(conv, conv_bn)
-        expand_weight, expand_bias = fold_batch_norm(expand, expand_bn)
-        project_weight, project_bias = fold_batch_norm(project, project_bn)
-        expand_matrix = expand_weight[:, :, 0, 0]
-        return cls(
-            conv_weight,
-            expand_matrix,
-            expand_bias + expand_matrix[:, -len(conv_bias) :] @ conv_bias,
-            project_weight[:, :, 0, 0],
-            project_bias,
-        )
+        """Fold the layers of a block (section 5.5) into weights that share no memory with them."""
+        return cls.of(LinearMap.of(conv, conv_bn), LinearMap.of(expand, expand_bn), LinearMap.of(project, project_bn))
+
+    @classmethod
+    def of(cls, conv: LinearMap, expand: LinearMap, project: LinearMap) -> "ConvFirstWeights":
+        """The weights of a block of these layers, each with its batch norm folded."""
+        bias = expand.bias + expand.matrix[:, -len(conv.bias) :] @ conv.bias
+        return cls(conv.weight, expand.matrix, bias, project.matrix, project.bias)
 
     @property
     def in_channels(self) -> int:
         return self.conv.shape[0]
 
     @property
-    def stride(self) -> int:
-        """1, or 2 where the expansion takes the block's input and the convolution's output."""
-        return self.expand.shape[1] // self.in_channels
+    def is_concatenated(self) -> bool:
+        """Whether the expansion takes the block's input and the convolution's output, as with a blur-pool it does."""
+        return self.expand.shape[1] == 2 * self.in_channels
 
     @property
     def group_width(self) -> int:
@@ -100,9 +147,9 @@ class ConvFirstWeights:
     def pack(self, tile: ConvFirstTile, dtype: torch.dtype, device: torch.device | str) -> "PackedConvFirst":
         """Round once to `dtype` and lay out for `tile`, zero wherever slabs and hidden steps are padded.
 
-        Raises ValueError for a tile whose slabs split a group and for a block of stride 2.
+        Raises ValueError for a tile whose slabs split a group and for a block with a blur-pool.
         """
-        self._refuse_stride_2(tile)
+        self._refuse_concatenated(tile)
         in_slabs, out_slabs = tile.in_slabs(self.in_channels), tile.out_slabs(self.out_channels)
         if tile.splits_groups(self.in_channels, self.group_width):
             raise ValueError(
@@ -123,9 +170,9 @@ class ConvFirstWeights:
     def pack_hopper(self, tile: HopperTile, dtype: torch.dtype, device: torch.device | str) -> "PackedHopper":
         """Round once to `dtype` and lay out for the Hopper kernel, zero wherever slabs and hidden steps are padded.
 
-        Raises ValueError for groups that are not 8 channels wide and for a block of stride 2.
+        Raises ValueError for groups that are not 8 channels wide and for a block with a blur-pool.
         """
-        self._refuse_stride_2(tile)
+        self._refuse_concatenated(tile)
         if self.group_width != GROUP_WIDTH:
             raise ValueError(
                 f"weights cannot be packed for {tile!r}: groups of {self.group_width} channels are not supported, "
@@ -140,10 +187,10 @@ class ConvFirstWeights:
             device,
         )
 
-    def _refuse_stride_2(self, tile: ConvFirstTile | HopperTile) -> None:
-        if self.stride != 1:
+    def _refuse_concatenated(self, tile: ConvFirstTile | HopperTile) -> None:
+        if self.is_concatenated:
             raise ValueError(
-                f"weights of a block of stride {self.stride} cannot be packed for {tile!r}; use a ConvFirstDownTile"
+                f"weights of a block with a blur-pool cannot be packed for {tile!r}; use a ConvFirstDownTile"
             )
 
 

@@ -8,7 +8,7 @@ from fusion.modules import Tuner
 from fusion.planner.plan import PlanError, plan_block
 from fusion.planner.stem_tile import MAX_IN_CHANNELS
 
-from .activation_names import EDGE_ACTIVATION_NAMES
+from .activation_names import EDGE_ACTIVATION_NAMES, fusible_activation
 
 
 class ConvBnAct(nn.Module):
@@ -55,13 +55,7 @@ class ConvBnAct(nn.Module):
     def _fusible_activation(self) -> str:
         if self.training:
             raise RuntimeError("a block in training mode cannot be fused; call eval() first")
-        if type(self.act) not in EDGE_ACTIVATION_NAMES:
-            supported = ", ".join(kind.__name__ for kind in EDGE_ACTIVATION_NAMES)
-            raise PlanError(
-                f"no fused kernel runs {type(self).__name__} with {type(self.act).__name__}; supported are "
-                f"{supported}: run the block in eager mode"
-            )
-        return EDGE_ACTIVATION_NAMES[type(self.act)]
+        return fusible_activation(type(self).__name__, self.act, EDGE_ACTIVATION_NAMES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))

@@ -5,13 +5,13 @@ from torch import Tensor, nn
 
 from fusion.down_modules import FusedConvFirstDown
 from fusion.modules import FusedConvFirst, Tuner
-from fusion.planner.plan import PlanError, plan_block
+from fusion.planner.plan import plan_block
 from fusion.weights import ConvFirstWeights
 
-from .activation_names import ACTIVATION_NAMES
+from .activation_names import fusible_activation
 from .blurpool import BlurPool
 from .drop_path import DropPath
-from .grouped_conv import grouped_conv3x3
+from .grouped_conv import grouped_conv
 
 
 class ConvFirst(nn.Module):
@@ -19,7 +19,8 @@ class ConvFirst(nn.Module):
 
     A. Lavin, On the Efficiency of Convolutional Neural Networks, section 5.3. Each convolution has a batch norm and no
     bias; the only activation stands between the 1x1 convolutions. With stride 2 the input and the full-resolution
-    output of the grouped convolution are concatenated, and the 2C channels down-sampled by `BlurPool`.
+    output of the grouped convolution are concatenated, and the 2C channels down-sampled by `BlurPool`; or, if not
+    `blur`, the grouped convolution itself has stride 2.
 
     `[N, C, H, W] -> [N, K, ceil(H / stride), ceil(W / stride)]`. The hidden tensor has `expansion * C` channels for
     either stride. The residual is added iff the stride is 1 and C == K.
@@ -41,6 +42,7 @@ class ConvFirst(nn.Module):
         group_width: int = 8,
         activation: type[nn.Module] = nn.ReLU,
         drop_path: float = 0.0,
+        blur: bool = True,
     ):
         super().__init__()
         if stride not in (1, 2):
@@ -52,10 +54,11 @@ class ConvFirst(nn.Module):
         self.group_width = group_width
         self.has_residual = stride == 1 and in_channels == out_channels
 
-        self.conv = grouped_conv3x3(in_channels, group_width, bias=False)
+        has_blur = blur and stride == 2
+        self.conv = grouped_conv(in_channels, group_width, bias=False, stride=1 if has_blur else stride)
         self.conv_bn = nn.BatchNorm2d(in_channels)
-        self.blur = BlurPool(2 * in_channels) if stride == 2 else None
-        self.expand = nn.Conv2d(stride * in_channels, hidden_channels, 1, bias=False)
+        self.blur = BlurPool(2 * in_channels) if has_blur else None
+        self.expand = nn.Conv2d(2 * in_channels if has_blur else in_channels, hidden_channels, 1, bias=False)
         self.expand_bn = nn.BatchNorm2d(hidden_channels)
         self.act = activation()
         self.project = nn.Conv2d(hidden_channels, out_channels, 1, bias=False)
@@ -74,19 +77,14 @@ class ConvFirst(nn.Module):
         """
         if self.training:
             raise RuntimeError("a block in training mode cannot be fused; call eval() first")
-        activation = ACTIVATION_NAMES.get(type(self.act))
-        if activation is None:
-            supported = " or ".join(kind.__name__ for kind in ACTIVATION_NAMES)
-            raise PlanError(
-                f"no fused kernel runs ConvFirst with {type(self.act).__name__}; supported are {supported}: run the "
-                "block in eager mode"
-            )
+        activation = fusible_activation("ConvFirst", self.act)
         weights = ConvFirstWeights.fold(
             self.conv, self.conv_bn, self.expand, self.expand_bn, self.project, self.project_bn
         )
-        if self.stride == 2:
+        if self.blur is not None:
             return FusedConvFirstDown(weights, activation=activation, tuner=tuner)
-        return FusedConvFirst(weights, activation=activation, residual=self.has_residual, tuner=tuner)
+        options = {"activation": activation, "residual": self.has_residual, "stride": self.stride}
+        return FusedConvFirst(weights, **options, tuner=tuner)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv_bn(self.conv(x))

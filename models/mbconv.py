@@ -7,26 +7,28 @@ from fusion.mbconv_weights import MBConvWeights
 from fusion.modules import FusedMBConv, Tuner
 from fusion.planner.plan import PlanError, plan_block
 
-from .activation_names import ACTIVATION_NAMES
+from .activation_names import SQUEEZE_ACTIVATION_NAMES, fusible_activation
 from .blurpool import BlurPool
 from .drop_path import DropPath
-from .grouped_conv import grouped_conv3x3
+from .grouped_conv import grouped_conv
 from .squeeze_excite import SqueezeExcite
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck with a grouped 3x3 convolution and a squeeze-and-excitation gate on its hidden tensor.
+    """Inverted bottleneck with a grouped convolution and a squeeze-and-excitation gate on its hidden tensor.
 
     A. Lavin, On the Efficiency of Convolutional Neural Networks, section 5.4. Each convolution has a bias and a batch
     norm; the expansion and the grouped convolution are followed by the activation. With stride 2 the output of the
-    grouped convolution is down-sampled by `BlurPool`, ahead of the gate.
+    grouped convolution is down-sampled by `BlurPool`, ahead of the gate; or, if not `blur`, the grouped convolution
+    itself has stride 2. The grouped convolution is `kernel_size` x `kernel_size`.
 
     `[N, C, H, W] -> [N, K, ceil(H / stride), ceil(W / stride)]`. The hidden tensor has `expansion * C` channels, the
-    squeeze vector `se_ratio * C`. The residual is added iff the stride is 1 and C == K.
+    squeeze vector `se_ratio * C`, activated by `squeeze_activation`. The residual is added iff the stride is 1 and
+    C == K.
 
     Raises:
-        ValueError: the stride is neither 1 nor 2, the hidden channels are not a multiple of `group_width`, or the
-            squeeze width comes to less than 1.
+        ValueError: the stride is neither 1 nor 2, the hidden channels are not a multiple of `group_width`, the
+            kernel size is even, or the squeeze width comes to less than 1.
     """
 
     LINEAR_CONVS = ("project",)
@@ -42,6 +44,9 @@ class MBConv(nn.Module):
         group_width: int = 8,
         se_ratio: float = 0.25,
         activation: type[nn.Module] = nn.SiLU,
+        squeeze_activation: type[nn.Module] = nn.ReLU,
+        blur: bool = True,
+        kernel_size: int = 3,
         drop_path: float = 0.0,
     ):
         super().__init__()
@@ -56,11 +61,13 @@ class MBConv(nn.Module):
 
         self.expand = nn.Conv2d(in_channels, hidden_channels, 1)
         self.expand_bn = nn.BatchNorm2d(hidden_channels)
-        self.conv = grouped_conv3x3(hidden_channels, group_width, bias=True)
+        has_blur = stride == 2 and blur
+        conv_stride = 1 if has_blur else stride
+        self.conv = grouped_conv(hidden_channels, group_width, bias=True, stride=conv_stride, kernel_size=kernel_size)
         self.conv_bn = nn.BatchNorm2d(hidden_channels)
         self.act = activation()
-        self.blur = BlurPool(hidden_channels) if stride == 2 else None
-        self.se = SqueezeExcite(hidden_channels, round(se_ratio * in_channels))
+        self.blur = BlurPool(hidden_channels) if has_blur else None
+        self.se = SqueezeExcite(hidden_channels, round(se_ratio * in_channels), squeeze_activation)
         self.project = nn.Conv2d(hidden_channels, out_channels, 1)
         self.project_bn = nn.BatchNorm2d(out_channels)
         self.drop_path = DropPath(drop_path)
@@ -72,17 +79,18 @@ class MBConv(nn.Module):
         tile; `fusion.tuner.tune_block` does so by measurement.
 
         Raises:
-            PlanError: no kernel runs this block, because of its activation.
+            PlanError: no kernel runs this block, because of its activations.
             RuntimeError: the block is in training mode.
         """
         if self.training:
             raise RuntimeError("a block in training mode cannot be fused; call eval() first")
-        activation = ACTIVATION_NAMES.get(type(self.act))
-        if activation is None:
-            supported = " or ".join(kind.__name__ for kind in ACTIVATION_NAMES)
+        activation = fusible_activation("MBConv", self.act)
+        squeeze_activation = SQUEEZE_ACTIVATION_NAMES.get(type(self.se.act))
+        if squeeze_activation is None:
+            supported = " or ".join(kind.__name__ for kind in SQUEEZE_ACTIVATION_NAMES)
             raise PlanError(
-                f"no fused kernel runs MBConv with {type(self.act).__name__}; supported are {supported}: run the block "
-                "in eager mode"
+                f"no fused kernel runs MBConv with {type(self.se.act).__name__} inside of squeeze-and-excitation; "
+                f"supported are {supported}: run the block in eager mode"
             )
         weights = MBConvWeights.fold(
             self.expand,
@@ -94,9 +102,10 @@ class MBConv(nn.Module):
             self.project,
             self.project_bn,
         )
+        activations = {"activation": activation, "squeeze_activation": squeeze_activation}
         if self.stride == 2:
-            return FusedMBConvDown(weights, activation=activation, tuner=tuner)
-        return FusedMBConv(weights, activation=activation, residual=self.has_residual, tuner=tuner)
+            return FusedMBConvDown(weights, **activations, blur=self.blur is not None, tuner=tuner)
+        return FusedMBConv(weights, **activations, residual=self.has_residual, tuner=tuner)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(self.expand_bn(self.expand(x)))

@@ -59,10 +59,11 @@ def random_ffn_weights(random_weights):
 
 @pytest.fixture(scope="session")
 def random_mbconv_weights():
-    """`(channels, hidden, out_channels=channels, squeeze=6, group_width=8) -> MBConvWeights` of unit scale, float64."""
+    """`(channels, hidden, out_channels=channels, squeeze=6, group_width=8, kernel_size=3) -> MBConvWeights` of unit
+    scale, float64."""
     from fusion.mbconv_weights import MBConvWeights
 
-    def make(channels, hidden, out_channels=None, squeeze=6, group_width=8):
+    def make(channels, hidden, out_channels=None, squeeze=6, group_width=8, kernel_size=3):
         out_channels = out_channels or channels
         generator = torch.Generator().manual_seed(channels * hidden + out_channels + squeeze)
 
@@ -72,7 +73,7 @@ def random_mbconv_weights():
         return MBConvWeights(
             normal(hidden, channels, scale=(2 / channels) ** 0.5),
             normal(hidden),
-            normal(hidden, group_width, 3, 3, scale=(4.5 * group_width) ** -0.5),
+            normal(hidden, group_width, kernel_size, kernel_size, scale=(kernel_size**2 / 2 * group_width) ** -0.5),
             normal(hidden),
             normal(squeeze, hidden, scale=(2 / hidden) ** 0.5),
             normal(squeeze),
@@ -138,23 +139,24 @@ def fold():
 
 @pytest.fixture(scope="session")
 def run_kernel(device):
-    """`(x, weights, tile, activation="relu", residual=False) -> [N, K, H, W]`, the ConvFirst kernel on `x`.
+    """`(x, weights, tile, activation="relu", residual=False, stride=1) -> [N, K, H', W']`, the ConvFirst kernel on `x`.
 
     The output is full of NaN before. On a GPU the operator runs as well and must agree to the bit.
     """
     from fusion import ops
     from fusion.triton_kernels.convfirst import launch
 
-    def run(x, weights, tile, activation="relu", residual=False):
+    def run(x, weights, tile, activation="relu", residual=False, stride=1):
         x = x.contiguous(memory_format=torch.channels_last)
         packed = weights.pack(tile, x.dtype, x.device).tensors()
+        size = (-(-side // stride) for side in x.shape[2:])
         out = torch.full(
-            (x.shape[0], weights.out_channels, *x.shape[2:]), float("nan"), dtype=x.dtype, device=x.device
+            (x.shape[0], weights.out_channels, *size), float("nan"), dtype=x.dtype, device=x.device
         ).contiguous(memory_format=torch.channels_last)
-        launch(x, *packed, out, activation=activation, residual=residual, tile=tile)
+        launch(x, *packed, out, activation=activation, residual=residual, stride=stride, tile=tile)
         if device == "cuda":
             sizes = weights.hidden_channels, weights.out_channels, weights.group_width
-            from_op = ops.convfirst(x, *packed, *sizes, activation, residual, tile.to_ints())
+            from_op = ops.convfirst(x, *packed, *sizes, activation, residual, stride, tile.to_ints())
             torch.testing.assert_close(from_op, out, rtol=0, atol=0, equal_nan=True)
         return out
 
@@ -163,16 +165,17 @@ def run_kernel(device):
 
 @pytest.fixture(scope="session")
 def run_mbconv_kernel():
-    """`(x, weights, tile, activation="silu", residual=False, ordered=False) -> [N, K, H, W]`, by the MBConv kernels.
+    """`(x, weights, tile, activation="silu", residual=False, ordered=False, squeeze_activation="relu")`
+    `-> [N, K, H, W]`, by the MBConv kernels.
 
     The output and the workspace are full of NaN before.
     """
     from fusion.triton_kernels.mbconv import launch, new_workspace
 
-    def run(x, weights, tile, activation="silu", residual=False, ordered=False):
+    def run(x, weights, tile, activation="silu", residual=False, ordered=False, squeeze_activation="relu"):
         x = x.contiguous(memory_format=torch.channels_last)
         packed = weights.pack(tile, x.dtype, x.device).tensors()
-        names = ("hidden_channels", "out_channels", "squeeze_channels")
+        names = ("hidden_channels", "out_channels", "squeeze_channels", "kernel_size")
         sizes = {name: getattr(weights, name) for name in names}
         workspace = new_workspace(x, **sizes, ordered=ordered, tile=tile)
         out = torch.empty((x.shape[0], weights.out_channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
@@ -180,6 +183,7 @@ def run_mbconv_kernel():
         for tensor in (out, *workspace):
             tensor.fill_(float("nan"))
         options = {"activation": activation, "residual": residual, "ordered": ordered}
+        options["squeeze_activation"] = squeeze_activation
         launch(x, *packed, out, tile=tile, workspace=workspace, **options)
         return out
 

@@ -67,5 +67,5 @@ def test_errors(weights):
     with pytest.raises(RuntimeError, match="is an inference operator"):
         convfirst_down_hopper(x.requires_grad_(), *packed, 32, 24, TILE.to_ints())
     of_stride_1 = replace(made, expand=made.expand[:, :16])
-    with pytest.raises(ValueError, match="with stride 1 are not supported, only of 8 with stride 2"):
+    with pytest.raises(ValueError, match="channels without a blur-pool are not supported, only of 8 with one"):
         pack_convfirst_down_hopper(of_stride_1, TILE, torch.float32, "cpu")

@@ -91,7 +91,7 @@ ERRORS = [
         ValueError,
         "cannot run: loops must be pipelined, in 2 stages at least; take the tile of a plan",
     ),
-    (lambda k: {"activation": "gelu"}, ValueError, "activation 'gelu' is not supported, use relu or silu"),
+    (lambda k: {"activation": "elu"}, ValueError, "activation 'elu' is not supported, use relu or .* or hardswish"),
     (lambda k: {"x": k["x"][:, :20]}, ValueError, "20 input channels are not supported, use a multiple of 8"),
     (lambda k: {"out_channels": 20}, ValueError, "20 output channels are not supported, use a multiple of 8"),
     (lambda k: {"group_width": 5}, ValueError, "24 channels do not divide into groups of 5"),

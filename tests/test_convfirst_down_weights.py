@@ -25,8 +25,8 @@ TILE = ConvFirstDownTile(16, 32, 32, 2)
 def test_folding_a_block_is_exact(group_width, random_block, fold):
     block = random_block(24, 40, expansion=3, stride=2, group_width=group_width).double()
     weights = fold(block)
-    sizes = weights.in_channels, weights.hidden_channels, weights.out_channels, weights.group_width, weights.stride
-    assert sizes == (24, 72, 40, group_width, 2)
+    sizes = weights.in_channels, weights.hidden_channels, weights.out_channels, weights.group_width
+    assert sizes == (24, 72, 40, group_width) and weights.is_concatenated
     assert weights.expand.shape == (72, 48)
     x = torch.randn(2, 24, 5, 8, dtype=torch.float64)
     out = convfirst_down(x, *vars(weights).values(), "relu")
@@ -119,7 +119,9 @@ def test_slabs_that_split_groups_are_refused(random_weights):
 
 
 def test_weights_of_the_other_stride_are_refused(random_weights):
-    with pytest.raises(ValueError, match=r"of a block of stride 1 cannot be packed for .*; use a ConvFirstTile"):
+    with pytest.raises(
+        ValueError, match=r"of a block without a blur-pool cannot be packed for .*; use a ConvFirstTile"
+    ):
         pack_convfirst_down(random_weights(24, 40), TILE, torch.float16, "cpu")
     weights = random_weights(24, 40, stride=2)
     for pack, tile in (
@@ -127,6 +129,6 @@ def test_weights_of_the_other_stride_are_refused(random_weights):
         (weights.pack_hopper, HopperTile(64, 32, 3, 1, 1, 32, 0)),
     ):
         with pytest.raises(
-            ValueError, match=r"of a block of stride 2 cannot be packed for .*; use a ConvFirstDownTile"
+            ValueError, match=r"of a block with a blur-pool cannot be packed for .*; use a ConvFirstDownTile"
         ):
             pack(tile, torch.float16, "cpu")

@@ -106,5 +106,5 @@ def test_images_that_cannot_be_reflected_are_refused(block):
 
 
 def test_weights_of_stride_1_are_refused(random_weights):
-    with pytest.raises(ValueError, match=r"takes weights of a stride-2 block, whose expansion has 48 inputs, got 24"):
+    with pytest.raises(ValueError, match=r"of a block with a blur-pool, whose expansion has 48 inputs, got 24"):
         FusedConvFirstDown(random_weights(24, 72), activation="relu")

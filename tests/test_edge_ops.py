@@ -54,7 +54,7 @@ def test_opcheck(stem_arguments, head_arguments):
     torch.library.opcheck(torch.ops.fusion.head.default, tuple(head_arguments().values()))
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu", "none"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "none", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_cpus_compute_the_reference(dtype, activation):
     x = normal(2, 3, 5, 12).to(dtype)
@@ -110,7 +110,7 @@ STEM_ERRORS = [
     (lambda k: {"x": k["x"][0]}, ValueError, r"x must be \[N, C, H, W\], got shape \[3, 5, 12\]"),
     (lambda k: {"tile": [2, 32]}, ValueError, r"tile must be the 4 integers of StemTile.to_ints\(\), got \[2, 32\]"),
     (lambda k: {"tile": [3, 32, 2, 2]}, ValueError, "cannot run: height=3 is not a power of two; take the tile of a"),
-    (lambda k: {"activation": "gelu"}, ValueError, "activation 'gelu' is not supported, use relu or silu or none"),
+    (lambda k: {"activation": "elu"}, ValueError, "activation 'elu' is not supported, use relu or .*hardswish or none"),
     (lambda k: {"x": k["x"].repeat(1, 2, 1, 1)}, ValueError, "images of 6 channels are not supported, only of 1 to 4"),
     (lambda k: {"out_channels": 20}, ValueError, "20 output channels are not supported, use a multiple of 8 up to 64"),
     (
@@ -145,7 +145,7 @@ HEAD_ERRORS = [
     (lambda k: {"x": k["x"][0]}, ValueError, r"x must be \[N, C, H, W\], got shape \[24, 5, 7\]"),
     (lambda k: {"tile": [16, 32]}, ValueError, r"tile must be the 5 integers of HeadTile.to_ints\(\), got \[16, 32\]"),
     (lambda k: {"tile": [16, 32, 2, 2, 1]}, ValueError, "cannot run: the loop must be pipelined, in 2 to 4 stages"),
-    (lambda k: {"activation": "gelu"}, ValueError, "activation 'gelu' is not supported, use relu or silu or none"),
+    (lambda k: {"activation": "elu"}, ValueError, "activation 'elu' is not supported, use relu or .*hardswish or none"),
     (lambda k: {"x": k["x"][:, :, :0]}, ValueError, "images of 0x7 pixels have no mean, use at least one pixel"),
     (lambda k: {"x": k["x"][:, :20]}, ValueError, "20 input channels are not supported, use a multiple of 8"),
     (lambda k: {"out_channels": 20}, ValueError, "20 output channels are not supported, use a multiple of 8"),

@@ -12,7 +12,7 @@ from models import ConvFirst, MBConv
 @pytest.fixture(scope="module")
 def network():
     layers = MBConv(16, 16), MBConv(16, 16), ConvFirst(16, 24, expansion=2, stride=2), nn.Conv2d(24, 16, 1)
-    return nn.Sequential(*layers, MBConv(16, 16, activation=nn.GELU), nn.Flatten(), nn.Linear(192, 5)).eval()
+    return nn.Sequential(*layers, MBConv(16, 16, activation=nn.Mish), nn.Flatten(), nn.Linear(192, 5)).eval()
 
 
 def images(batch=2):
@@ -39,7 +39,7 @@ def test_rows_are_in_the_order_of_the_network(network):
     assert [row.launched_together for row in rows[:3]] == [2, 2, 1]
     assert all(row.plan is None and row.kernel is None and row.ops is None for row in rows[3:])
     assert [row.note for row in rows if row.name != "4"][3:] == [NOT_A_BLOCK] * 3
-    assert "GELU" in rows[4].note
+    assert "Mish" in rows[4].note
     assert explanation.fused == rows[:3]
     assert explanation.total("ops") == sum(row.plan.ops_count for row in rows[:3])
     assert explanation.total("measured_us") is None

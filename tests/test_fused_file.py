@@ -125,8 +125,23 @@ def test_other_shapes_and_dtypes_are_planned_and_packed_after_loading(small_netw
         )
 
 
+def test_activations_inside_of_squeeze_and_excitation_come_back(path):
+    torch.manual_seed(0)
+    network = nn.Sequential(MBConv(16, 16), MBConv(16, 24, stride=2), MBConv(24, 24, squeeze_activation=nn.SiLU)).eval()
+    fused, x = fusion.fuse(network), torch.randn(2, 16, 6, 6)
+    fused.save(path)
+    loaded = fusion.load(path)
+    assert [block.squeeze_activation for block in blocks_of(loaded)] == ["relu", "relu", "silu"]
+    assert torch.equal(loaded(x), fused(x))
+    content = torch.load(path, weights_only=True)
+    for module in content["modules"]:
+        module.get("arguments", {}).pop("squeeze_activation", None)
+    torch.save(content, path)
+    assert [block.squeeze_activation for block in blocks_of(fusion.load(path))] == ["relu"] * 3, "as there was no other"
+
+
 def test_options_and_reasons_come_back(path):
-    network = nn.Sequential(MBConv(16, 16), MBConv(16, 16, activation=nn.GELU)).eval()
+    network = nn.Sequential(MBConv(16, 16), MBConv(16, 16, activation=nn.Mish)).eval()
     options = {"micro_batch": 2, "cuda_graphs": True, "max_graphs": 3}
     fused = fusion.fuse(network, torch.randn(3, 16, 5, 5), **options)
     fused.tune = True
@@ -196,7 +211,7 @@ def test_every_fused_block_can_be_written():
     found = {cls.__name__ for cls in subclasses(FusedBlock)}
     assert {"FusedConvFirst", "FusedConvFirstDown", "FusedMBConv", "FusedMBConvDown", "FusedStem", "FusedHead"} <= found
     for cls in subclasses(FusedBlock):
-        assert set(inspect.signature(cls).parameters) <= {"weights", "activation", "residual", "tuner"}, cls
+        assert set(inspect.signature(cls).parameters) <= {"weights", "tuner", *cls.OPTIONS}, cls
     assert issubclass(fusion.edge_modules.FusedStem, FusedEdge)
 
 

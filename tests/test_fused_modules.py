@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from fusion.modules import FusedConvFirst
 from fusion.planner.hopper_tile import HopperTile
@@ -21,11 +22,14 @@ def fused(block, fold):
     return FusedConvFirst(fold(block), activation="relu", residual=True)
 
 
-@pytest.mark.parametrize("out_channels, activation", [(24, torch.nn.ReLU), (40, torch.nn.SiLU)])
-def test_equals_the_block_in_fp32(out_channels, activation, random_block, fold):
-    block = random_block(24, out_channels, expansion=3, activation=activation)
-    name = {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu"}[activation]
-    fused = FusedConvFirst(fold(block), activation=name, residual=block.has_residual)
+@pytest.mark.parametrize(
+    "out_channels, activation, stride",
+    [(24, nn.ReLU, 1), (40, nn.SiLU, 1), (24, nn.ReLU6, 1), (24, nn.GELU, 2), (40, nn.Hardswish, 2)],
+)
+def test_equals_the_block_in_fp32(out_channels, activation, stride, random_block):
+    block = random_block(24, out_channels, expansion=3, activation=activation, stride=stride, blur=False)
+    fused = block.fused()
+    assert type(fused) is FusedConvFirst and fused.stride == stride
     x = torch.randn(2, 24, 5, 7)
     torch.testing.assert_close(fused(x), block(x), rtol=1e-5, atol=1e-5)
     assert fused(x).is_contiguous(memory_format=torch.channels_last)
@@ -107,13 +111,14 @@ def test_a_copy_computes_the_same(fused):
 def test_has_no_parameters_and_prints_its_sizes(fused):
     assert not list(fused.parameters()) and not fused.state_dict()
     assert repr(fused) == (
-        "FusedConvFirst(24, 24, hidden_channels=72, activation='relu', residual=True, group_width=8)"
+        "FusedConvFirst(24, 24, hidden_channels=72, activation='relu', residual=True, stride=1, group_width=8)"
     )
 
 
 def test_mbconv_compiles_as_one_graph_and_prints_its_sizes():
     torch.manual_seed(0)
-    block = MBConv(24, 24, expansion=3, se_ratio=0.125).eval().requires_grad_(False)
+    options = {"expansion": 3, "se_ratio": 0.125, "squeeze_activation": nn.SiLU}
+    block = MBConv(24, 24, **options).eval().requires_grad_(False)
     fused = block.fused()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     for size in ((2, 24, 5, 7), (3, 24, 6, 6)):
@@ -121,7 +126,8 @@ def test_mbconv_compiles_as_one_graph_and_prints_its_sizes():
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
     assert repr(fused) == (
-        "FusedMBConv(24, 24, hidden_channels=72, activation='silu', residual=True, squeeze_channels=3, group_width=8)"
+        "FusedMBConv(24, 24, hidden_channels=72, activation='silu', residual=True, squeeze_activation='silu', "
+        "squeeze_channels=3, group_width=8)"
     )
 
 
@@ -129,6 +135,12 @@ def test_mbconv_compiles_as_one_graph_and_prints_its_sizes():
 def test_inputs_of_another_shape_are_refused(size, fused):
     with pytest.raises(ValueError, match=r"FusedConvFirst: the input must be \[N, 24, H, W\], got \["):
         fused(torch.randn(*size))
+
+
+def test_a_block_of_stride_2_has_no_residual(fold, block):
+    fused = FusedConvFirst(fold(block), activation="relu", residual=True, stride=2)
+    with pytest.raises(ValueError, match="a residual needs equal channels and stride 1"):
+        fused(torch.randn(1, 24, 5, 7))
 
 
 def test_blocks_without_a_tile_are_refused(random_block, fold):

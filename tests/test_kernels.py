@@ -18,9 +18,9 @@ from fusion.weights import PackedConvFirst, PackedHopper
 PORTABLE, HOPPER = ConvFirstTile(4, 8, 32, 32, 2), HopperTile(64, 32, 3, 1, 1, 32, 0)
 
 
-def run(tile, x, weights, activation="relu", residual=True):
+def run(tile, x, weights, activation="relu", **changes):
     packed = kernels.pack(weights, tile, x.dtype, x.device).tensors()
-    options = {"activation": activation, "residual": residual}
+    options = {"activation": activation, "residual": True, "squeeze_activation": "relu", "stride": 1, **changes}
     return kernels.run(family_of(tile).name, x, packed, tile.to_ints(), weights, **options)
 
 
@@ -30,7 +30,8 @@ def test_every_family_has_a_runner():
         tile = runner.family.tile_type
         assert all(name in tile.__dataclass_fields__ or hasattr(tile, name) for name in runner.packed_for), tile
         has_activation = ["activation" in options for options in (runner.operator_options, runner.launch_options)]
-        assert has_activation == [runner.other_activations is None] * 2, tile
+        lacks_some = runner.other_activations is not None
+        assert has_activation == [not lacks_some or len(runner.activations) > 1] * 2, tile
 
 
 @pytest.mark.parametrize("tile, packed_type", [(PORTABLE, PackedConvFirst), (HOPPER, PackedHopper)], ids=str)
@@ -61,13 +62,15 @@ def test_tiles_of_equal_packing_share_weights(random_weights):
     assert len({kernels.packing(tile) for tile in tiles}) == 4 + 4
 
 
-def test_the_portable_kernel_is_launched(device, random_weights):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_portable_kernel_is_launched(stride, device, random_weights):
     weights, x = random_weights(24, 40), torch.randn(2, 24, 5, 7).to(device, torch.float16)
     x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.full_like(x, float("nan"))
+    out = torch.full_like(x[..., ::stride, ::stride], float("nan")).contiguous(memory_format=torch.channels_last)
     packed = kernels.pack(weights, PORTABLE, x.dtype, x.device)
-    kernels.launch(x, packed, out, PORTABLE, weights, activation="silu", residual=True)
-    torch.testing.assert_close(out, run(PORTABLE, x, weights, "silu"), rtol=1e-2, atol=1e-2)
+    options = {"activation": "silu", "residual": stride == 1, "stride": stride}
+    kernels.launch(x, packed, out, PORTABLE, weights, **options)
+    torch.testing.assert_close(out, run(PORTABLE, x, weights, **options), rtol=1e-2, atol=1e-2)
 
 
 DOWN = ConvFirstDownTile(32, 32, 32, 2)
@@ -105,8 +108,9 @@ def test_the_mbconv_kernels_are_launched(device, random_mbconv_weights):
     out = torch.full_like(x, float("nan"))
     packed = kernels.pack(weights, MBCONV, x.dtype, x.device)
     assert isinstance(packed, PackedMBConv)
-    kernels.launch(x, packed, out, MBCONV, weights, activation="relu", residual=True)
-    torch.testing.assert_close(out, run(MBCONV, x, weights), rtol=1e-2, atol=1e-2)
+    options = {"activation": "relu", "residual": True, "squeeze_activation": "silu"}
+    kernels.launch(x, packed, out, MBCONV, weights, **options)
+    torch.testing.assert_close(out, run(MBCONV, x, weights, **options), rtol=1e-2, atol=1e-2)
 
 
 def test_mbconv_tiles_of_equal_packing_share_weights(random_mbconv_weights):
@@ -125,14 +129,16 @@ def test_mbconv_tiles_of_equal_packing_share_weights(random_mbconv_weights):
 MBCONV_DOWN = MBConvDownTile(2, 3, 4, 4, 32, 32, 16, 32, 4, 3, 16, 32, 16, 64, 4, 3)
 
 
-def test_the_stride_2_mbconv_kernels_are_launched(device, random_mbconv_weights):
+@pytest.mark.parametrize("blur", [True, False])
+def test_the_stride_2_mbconv_kernels_are_launched(blur, device, random_mbconv_weights):
     weights, x = random_mbconv_weights(24, 64, 48), torch.randn(2, 24, 5, 8).to(device, torch.float16)
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.full((2, 3, 4, 48), float("nan"), dtype=x.dtype, device=device).permute(0, 3, 1, 2)
     packed = kernels.pack(weights, MBCONV_DOWN, x.dtype, x.device)
     assert isinstance(packed, PackedMBConv)
-    kernels.launch(x, packed, out, MBCONV_DOWN, weights, activation="relu", residual=False)
-    torch.testing.assert_close(out, run(MBCONV_DOWN, x, weights, residual=False), rtol=1e-2, atol=1e-2)
+    options = {"activation": "relu", "squeeze_activation": "silu", "blur": blur}
+    kernels.launch(x, packed, out, MBCONV_DOWN, weights, **options)
+    torch.testing.assert_close(out, run(MBCONV_DOWN, x, weights, **options), rtol=1e-2, atol=1e-2)
 
 
 def test_stride_2_mbconv_tiles_of_equal_packing_share_weights(random_mbconv_weights):
@@ -157,3 +163,7 @@ def test_activations_that_a_kernel_lacks_are_refused(random_weights):
     packed = kernels.pack(weights, HOPPER, x.dtype, x.device)
     with pytest.raises(ValueError, match=message):
         kernels.launch(x, packed, x.clone(), HOPPER, weights, activation="silu", residual=True)
+    runner = kernels.RUNNERS["mbconv_hopper"]
+    runner.check_activation("silu")
+    with pytest.raises(ValueError, match="no activation 'gelu', only 'relu' or 'silu'; use an MBConvTile"):
+        runner.check_activation("gelu")

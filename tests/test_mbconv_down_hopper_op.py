@@ -38,6 +38,8 @@ def arguments(device, random_mbconv_weights):
             "out_channels": out_channels,
             "squeeze_channels": 3,
             "activation": "silu",
+            "squeeze_activation": "relu",
+            "blur": True,
             "tile": TILE.to_ints(),
             **changes,
         }
@@ -46,22 +48,36 @@ def arguments(device, random_mbconv_weights):
 
 
 @runs
-@pytest.mark.parametrize("changes", [{}, {"size": (18, 4)}, {"out_channels": 16, "activation": "relu"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"size": (18, 4)},
+        {"out_channels": 16, "activation": "relu", "squeeze_activation": "silu"},
+        {"size": (5, 9), "blur": False},
+    ],
+    ids=str,
+)
 def test_opcheck(changes, arguments):
     torch.library.opcheck(torch.ops.fusion.mbconv_down_hopper.default, tuple(arguments(**changes).values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("out_channels, activation", [(24, "silu"), (72, "relu")])
-def test_cpus_compute_the_reference(out_channels, activation, dtype, random_mbconv_weights):
+@pytest.mark.parametrize(
+    "out_channels, activation, squeeze_activation, blur",
+    [(24, "silu", "relu", True), (72, "relu", "silu", True), (24, "silu", "silu", False)],
+)
+def test_cpus_compute_the_reference(out_channels, activation, squeeze_activation, blur, dtype, random_mbconv_weights):
     weights = random_mbconv_weights(24, 72, out_channels, squeeze=3)
     torch.manual_seed(0)
     x = torch.randn(2, 24, 6, 10).to(dtype)
     packed = pack_mbconv_hopper(weights, TILE, dtype, "cpu").tensors()
-    out = mbconv_down_hopper(x, *packed, 72, out_channels, 3, activation, TILE.to_ints())
+    options = activation, squeeze_activation, blur
+    out = mbconv_down_hopper(x, *packed, 72, out_channels, 3, *options, TILE.to_ints())
     # These biases are packed in fp32, whatever the dtype.
     exact = (w.float() if name in FP32 else w for name, w in vars(weights).items())
-    expected = reference(x.contiguous(memory_format=torch.channels_last), *exact, activation)
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = reference(x, *exact, *options)
     assert out.dtype == dtype and out.shape == (2, out_channels, 3, 5)
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, expected)  # products of transposed weights may be summed in another order
@@ -79,11 +95,17 @@ def test_weights_are_packed_as_those_of_stride_1(random_mbconv_weights):
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("out_channels", [24, 16])
-def test_error_in_16_bits(out_channels, dtype, arguments, device, random_mbconv_weights, assert_within_rule):
-    kwargs = arguments(dtype, out_channels)
+@pytest.mark.parametrize(
+    "out_channels, squeeze_activation, blur",
+    [(24, "relu", True), (16, "relu", True), (24, "silu", True), (24, "relu", False)],
+)
+def test_error_in_16_bits(
+    out_channels, squeeze_activation, blur, dtype, arguments, device, random_mbconv_weights, assert_within_rule
+):
+    options = {"squeeze_activation": squeeze_activation, "blur": blur}
+    kwargs = arguments(dtype, out_channels, **options)
     weights = [w.to(device) for w in vars(random_mbconv_weights(24, 72, out_channels, squeeze=3)).values()]
-    eager, exact = (reference(x, *weights, "silu") for x in (kwargs["x"], kwargs["x"].double()))
+    eager, exact = (reference(x, *weights, "silu", **options) for x in (kwargs["x"], kwargs["x"].double()))
     assert_within_rule(mbconv_down_hopper(**kwargs), eager, exact)
 
 
@@ -140,8 +162,8 @@ ERRORS = [
     (
         lambda k: {"x": k["x"][:, :, :5]},
         ValueError,
-        "images of 5x10 pixels are not supported: height and width must be even; pack the weights for an "
-        "MBConvDownTile and call fusion::mbconv_down",
+        "images of 5x10 pixels are not supported: height and width must be even for a blur-pool; pack the weights for "
+        "an MBConvDownTile and call fusion::mbconv_down",
     ),
     (
         lambda k: {"x": k["x"][..., :1, :1].expand(3, 24, 34, 8)},
@@ -154,6 +176,11 @@ ERRORS = [
         "1048577 images are too many for a launch, split the batch",
     ),
     (lambda k: {"activation": "gelu"}, ValueError, "activation 'gelu' is not supported, use relu or silu"),
+    (
+        lambda k: {"squeeze_activation": "gelu"},
+        ValueError,
+        "squeeze_activation 'gelu' is not supported, use relu or silu",
+    ),
     (
         lambda k: {"squeeze_channels": 17},
         ValueError,
@@ -180,22 +207,25 @@ def test_the_kernel_is_called_by_its_name(arguments, random_mbconv_weights):
     kwargs = arguments()
     expected = mbconv_down_hopper(**kwargs)
     packed = tuple(kwargs[name] for name in PackedMBConvHopper.__dataclass_fields__)
-    options = {"weights": random_mbconv_weights(24, 72, squeeze=3), "activation": "silu", "residual": False}
-    out = kernels.run("mbconv_down_hopper", kwargs["x"], packed, kwargs["tile"], **options)
+    options = {"activation": "silu", "squeeze_activation": "relu", "blur": True}
+    weights = random_mbconv_weights(24, 72, squeeze=3)
+    out = kernels.run("mbconv_down_hopper", kwargs["x"], packed, kwargs["tile"], weights, **options)
     assert torch.equal(out, expected)
     assert kernels.packing(TILE) == ("mbconv_down_hopper", 32)
 
 
 @runs
-def test_a_module_runs_it(device, random_mbconv_weights):
+@pytest.mark.parametrize("blur, size", [(True, (6, 10)), (False, (7, 9))])
+def test_a_module_runs_it(blur, size, device, random_mbconv_weights):
     weights = random_mbconv_weights(24, 72, 40, squeeze=3)
-    fused = FusedMBConvDown(weights, activation="silu")
+    fused = FusedMBConvDown(weights, activation="silu", squeeze_activation="silu", blur=blur)
     torch.manual_seed(0)
-    x = torch.randn(2, 24, 6, 10).to(device, torch.float16)
+    x = torch.randn(2, 24, *size).to(device, torch.float16)
     plan = fused.plan(x)
     assert plan.kernel == "mbconv_down_hopper"
     packed = kernels.pack(weights, plan.tile, x.dtype, x.device).tensors()
-    assert torch.equal(fused(x), mbconv_down_hopper(x, *packed, 72, 40, 3, "silu", plan.tile.to_ints()))
+    options = "silu", "silu", blur
+    assert torch.equal(fused(x), mbconv_down_hopper(x, *packed, 72, 40, 3, *options, plan.tile.to_ints()))
 
 
 @needs_hopper

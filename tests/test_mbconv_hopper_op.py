@@ -58,6 +58,7 @@ def arguments(device, two_blocks):
             "out_channels": out_channels,
             "squeeze_channels": 3,
             "activation": "silu",
+            "squeeze_activation": "relu",
             "residual": out_channels == 24,
             "tile": TILE.to_ints(),
             **changes,
@@ -67,22 +68,28 @@ def arguments(device, two_blocks):
 
 
 @runs
-@pytest.mark.parametrize("changes", [{}, {"blocks": 2}, {"out_channels": 16, "activation": "relu"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"blocks": 2}, {"out_channels": 16, "activation": "relu", "squeeze_activation": "silu"}],
+    ids=str,
+)
 def test_opcheck(changes, arguments):
     torch.library.opcheck(torch.ops.fusion.mbconv_hopper.default, tuple(arguments(**changes).values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("out_channels, activation", [(24, "silu"), (72, "relu")])
-def test_cpus_compute_the_reference(out_channels, activation, dtype, random_mbconv_weights):
+@pytest.mark.parametrize("out_channels, activation, squeeze_activation", [(24, "silu", "relu"), (72, "relu", "silu")])
+def test_cpus_compute_the_reference(out_channels, activation, squeeze_activation, dtype, random_mbconv_weights):
     weights = random_mbconv_weights(24, 72, out_channels, squeeze=3)
     torch.manual_seed(0)
     x = torch.randn(2, 24, 5, 7).to(dtype)
     packed, residual = pack_mbconv_hopper(weights, TILE, dtype, "cpu").tensors(), out_channels == 24
-    out = mbconv_ops.mbconv_hopper(x, *packed, 72, out_channels, 3, activation, residual, TILE.to_ints())
+    options = activation, squeeze_activation, residual, TILE.to_ints()
+    out = mbconv_ops.mbconv_hopper(x, *packed, 72, out_channels, 3, *options)
     # These biases are packed in fp32, whatever the dtype.
     exact = (w.float() if name in FP32 else w for name, w in vars(weights).items())
-    expected = reference(x.contiguous(memory_format=torch.channels_last), *exact, activation, residual)
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = reference(x, *exact, activation, residual, squeeze_activation)
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, expected)  # products of transposed weights may be summed in another order
@@ -93,7 +100,7 @@ def test_stacked_blocks_follow_each_other(dtype, two_blocks):
     torch.manual_seed(0)
     x = torch.randn(2, 24, 5, 7).to(dtype)
     packed = [pack_mbconv_hopper(weights, TILE, dtype, "cpu") for weights in two_blocks()]
-    options = 72, 24, 3, "silu", True, TILE.to_ints()
+    options = 72, 24, 3, "silu", "silu", True, TILE.to_ints()
     expected = x
     for block in packed:
         expected = mbconv_ops.mbconv_hopper(expected, *block.tensors(), *options)
@@ -112,11 +119,14 @@ def test_stacked_blocks_without_a_residual_are_refused(arguments):
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("out_channels", [24, 16])
-def test_error_in_16_bits(out_channels, dtype, arguments, device, random_mbconv_weights, assert_within_rule):
-    kwargs = arguments(dtype, out_channels)
+@pytest.mark.parametrize("out_channels, squeeze_activation", [(24, "relu"), (16, "relu"), (24, "silu")])
+def test_error_in_16_bits(
+    out_channels, squeeze_activation, dtype, arguments, device, random_mbconv_weights, assert_within_rule
+):
+    kwargs = arguments(dtype, out_channels, squeeze_activation=squeeze_activation)
     weights = [w.to(device) for w in vars(random_mbconv_weights(24, 72, out_channels, squeeze=3)).values()]
-    eager, exact = (reference(x, *weights, "silu", out_channels == 24) for x in (kwargs["x"], kwargs["x"].double()))
+    options = "silu", out_channels == 24, squeeze_activation
+    eager, exact = (reference(x, *weights, *options) for x in (kwargs["x"], kwargs["x"].double()))
     assert_within_rule(mbconv_ops.mbconv_hopper(**kwargs), eager, exact)
 
 
@@ -213,6 +223,11 @@ ERRORS = [
     ),
     (lambda k: {"activation": "gelu"}, ValueError, "activation 'gelu' is not supported, use relu or silu"),
     (
+        lambda k: {"squeeze_activation": "gelu"},
+        ValueError,
+        "squeeze_activation 'gelu' is not supported, use relu or silu",
+    ),
+    (
         lambda k: {"squeeze_channels": 17},
         ValueError,
         r"squeeze must be a contiguous \[1, 1, 4096\] for 24 input, 72 hidden and 24 output channels with "
@@ -268,7 +283,7 @@ def test_the_kernel_is_called_by_its_name(arguments, two_blocks):
     kwargs = arguments()
     expected = mbconv_ops.mbconv_hopper(**kwargs)
     packed = tuple(kwargs[name] for name in NAMES)
-    options = {"weights": two_blocks(24)[0], "activation": "silu", "residual": True}
+    options = {"activation": "silu", "squeeze_activation": "relu", "residual": True, "weights": two_blocks(24)[0]}
     assert torch.equal(kernels.run("mbconv_hopper", kwargs["x"], packed, kwargs["tile"], **options), expected)
 
 

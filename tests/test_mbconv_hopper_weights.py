@@ -293,3 +293,12 @@ def test_other_groups_are_refused(group_width, random_mbconv_weights):
     for pack in (pack_mbconv_hopper, kernels.pack):
         with pytest.raises(ValueError, match=f"{message} of 8; use an MBConvTile"):
             pack(weights, TILE, torch.float16, "cpu")
+
+
+def test_other_than_3x3_convolutions_are_refused(random_mbconv_weights):
+    tile = MBConvHopperTile(bands=1, piece=4, step=32, stages=2)
+    weights = random_mbconv_weights(16, 64, kernel_size=5)
+    with pytest.raises(
+        ValueError, match=r"for MBConvHopperTile\(.*kernel size 5 is not supported, use 3, or an MBConvTile"
+    ):
+        pack_mbconv_hopper(weights, tile, torch.float16, "cpu")

@@ -16,8 +16,8 @@ needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 def arguments(device, random_mbconv_weights):
     """`(**changes) -> dict` of the operator's arguments for 24 input, 40 hidden, 24 output and 3 squeeze channels."""
 
-    def make(dtype=torch.float16, out_channels=24, **changes):
-        weights = random_mbconv_weights(24, 40, out_channels, squeeze=3)
+    def make(dtype=torch.float16, out_channels=24, kernel_size=3, **changes):
+        weights = random_mbconv_weights(24, 40, out_channels, squeeze=3, kernel_size=kernel_size)
         torch.manual_seed(0)
         return {
             "x": torch.randn(3, 24, 5, 7).to(device, dtype),
@@ -27,6 +27,7 @@ def arguments(device, random_mbconv_weights):
             "squeeze_channels": 3,
             "group_width": 8,
             "activation": "silu",
+            "squeeze_activation": "relu",
             "residual": out_channels == 24,
             "tile": TILE.to_ints(),
             **changes,
@@ -42,33 +43,42 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("changes", [{}, {"out_channels": 16, "activation": "relu"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"out_channels": 16, "activation": "relu", "squeeze_activation": "silu"}, {"kernel_size": 5}],
+    ids=str,
+)
 def test_opcheck(changes, arguments, deterministic):
     """In order, because opcheck compares runs to the bit."""
     torch.library.opcheck(torch.ops.fusion.mbconv.default, tuple(arguments(**changes).values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("out_channels, activation", [(24, "silu"), (16, "relu")])
-def test_cpus_compute_the_reference(out_channels, activation, dtype, random_mbconv_weights):
+@pytest.mark.parametrize("out_channels, activation, squeeze_activation", [(24, "silu", "relu"), (16, "relu", "silu")])
+def test_cpus_compute_the_reference(out_channels, activation, squeeze_activation, dtype, random_mbconv_weights):
     weights = random_mbconv_weights(24, 40, out_channels, squeeze=3)
     torch.manual_seed(0)
     x = torch.randn(2, 24, 5, 7).to(dtype)
     residual = out_channels == 24
     packed = weights.pack(TILE, dtype, "cpu").tensors()
-    out = mbconv_ops.mbconv(x, *packed, 40, out_channels, 3, 8, activation, residual, TILE.to_ints())
+    options = activation, squeeze_activation, residual, TILE.to_ints()
+    out = mbconv_ops.mbconv(x, *packed, 40, out_channels, 3, 8, *options)
     # Biases are packed in fp32, whatever the dtype.
     exact = (w.float() if name.endswith("bias") else w for name, w in vars(weights).items())
-    expected = reference(x.contiguous(memory_format=torch.channels_last), *exact, activation, residual)
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = reference(x, *exact, activation, residual, squeeze_activation)
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected)  # products of transposed weights may be summed in another order
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("out_channels", [24, 16])
-def test_error_in_16_bits(out_channels, dtype, arguments, device, random_mbconv_weights, assert_within_rule):
-    kwargs = arguments(dtype, out_channels)
-    weights = [w.to(device) for w in vars(random_mbconv_weights(24, 40, out_channels, squeeze=3)).values()]
+@pytest.mark.parametrize("out_channels, kernel_size", [(24, 3), (16, 3), (24, 5)])
+def test_error_in_16_bits(
+    out_channels, kernel_size, dtype, arguments, device, random_mbconv_weights, assert_within_rule
+):
+    kwargs = arguments(dtype, out_channels, kernel_size)
+    weights = random_mbconv_weights(24, 40, out_channels, squeeze=3, kernel_size=kernel_size)
+    weights = [w.to(device) for w in vars(weights).values()]
     eager, exact = (reference(x, *weights, "silu", out_channels == 24) for x in (kwargs["x"], kwargs["x"].double()))
     assert_within_rule(mbconv_ops.mbconv(**kwargs), eager, exact)
 
@@ -118,7 +128,7 @@ def test_deterministic_algorithms_give_equal_bits(size, device, random_mbconv_we
     torch.manual_seed(0)
     x = torch.randn(8, 64, *size).to(device, torch.float16)
     packed = weights.pack(TILE, x.dtype, device).tensors()
-    outs = [mbconv_ops.mbconv(x, *packed, 512, 64, 16, 8, "silu", True, TILE.to_ints()) for _ in range(10)]
+    outs = [mbconv_ops.mbconv(x, *packed, 512, 64, 16, 8, "silu", "relu", True, TILE.to_ints()) for _ in range(10)]
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
@@ -150,7 +160,12 @@ ERRORS = [
         ValueError,
         "images of 16384x4096 pixels and 40 hidden channels are too large, split them",
     ),
-    (lambda k: {"activation": "gelu"}, ValueError, "activation 'gelu' is not supported, use relu or silu"),
+    (lambda k: {"activation": "elu"}, ValueError, "activation 'elu' is not supported, use relu or .*hardswish"),
+    (
+        lambda k: {"squeeze_activation": "gelu"},
+        ValueError,
+        "squeeze_activation 'gelu' is not supported, use relu or silu",
+    ),
     (lambda k: {"x": k["x"][:, :20]}, ValueError, "20 input channels are not supported, use a multiple of 8"),
     (lambda k: {"out_channels": 20}, ValueError, "20 output channels are not supported, use a multiple of 8"),
     (lambda k: {"group_width": 0}, ValueError, "with groups of 0 do not go together"),
@@ -165,6 +180,11 @@ ERRORS = [
         lambda k: {"tile": replace(TILE, conv_slab=32).to_ints()},
         ValueError,
         r"conv must be a contiguous \[2, 9, 32, 32\].*got shape \[4, 9, 16, 16\]",
+    ),
+    (
+        lambda k: {"conv": k["conv"][:, :1].repeat(1, 49, 1, 1)},
+        ValueError,
+        "kernel size 7 is not supported, use 3 or 5",
     ),
     (lambda k: {"project": k["project"].T}, ValueError, r"project must be a contiguous \[64, 32\].*shape \[32, 64\]"),
     (lambda k: {"conv_bias": k["conv_bias"].half()}, TypeError, "conv_bias has dtype torch.float16, it must be"),

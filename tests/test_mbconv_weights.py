@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusion.mbconv_weights import mbconv_sizes, unpack_mbconv
+from fusion.mbconv_weights import mbconv_sizes, packed_kernel_size, unpack_mbconv
 from fusion.planner.mbconv_tile import MBConvTile
 from fusion.reference import mbconv
 from models import MBConv
@@ -29,7 +29,8 @@ def random_block(channels, out_channels, **options):
     [
         (24, {}),
         (40, {"activation": nn.ReLU, "group_width": 16, "expansion": 2}),
-        (24, {"group_width": 1, "se_ratio": 0.125}),
+        (24, {"group_width": 1, "se_ratio": 0.125, "squeeze_activation": nn.SiLU}),
+        (24, {"kernel_size": 5}),
     ],
     ids=str,
 )
@@ -37,10 +38,11 @@ def test_folded_weights_compute_the_block(out_channels, options):
     block = random_block(24, out_channels, **options)
     x = torch.randn(2, 24, 5, 7, dtype=torch.float64)
     fused = block.fused()
-    folded = mbconv(x, *vars(fused.weights).values(), fused.activation, fused.residual)
+    folded = mbconv(x, *vars(fused.weights).values(), **fused.options)
     torch.testing.assert_close(folded, block(x))
     torch.testing.assert_close(fused(x), block(x), rtol=0, atol=1e-5)  # biases are packed in fp32
     assert fused.residual == (out_channels == 24)
+    assert fused.plan(x).shape.kernel_size == options.get("kernel_size", 3)
 
 
 def test_folded_weights_share_no_memory_with_the_block():
@@ -57,14 +59,17 @@ def test_folded_weights_share_no_memory_with_the_block():
 
 @pytest.mark.parametrize("tile", [TILE, replace(TILE, hidden=128, conv_slab=64, project_out=16)], ids=str)
 @pytest.mark.parametrize(
-    "channels, hidden, out_channels, squeeze, group_width",
-    [(24, 40, 24, 6, 8), (144, 64, 200, 3, 1), (8, 96, 72, 18, 16)],
+    "channels, hidden, out_channels, squeeze, group_width, kernel_size",
+    [(24, 40, 24, 6, 8, 3), (144, 64, 200, 3, 1, 3), (8, 96, 72, 18, 16, 3), (24, 40, 24, 6, 8, 5)],
     ids=str,
 )
-def test_packing_is_undone(channels, hidden, out_channels, squeeze, group_width, tile, random_mbconv_weights):
-    weights = random_mbconv_weights(channels, hidden, out_channels, squeeze, group_width)
+def test_packing_is_undone(
+    channels, hidden, out_channels, squeeze, group_width, kernel_size, tile, random_mbconv_weights
+):
+    weights = random_mbconv_weights(channels, hidden, out_channels, squeeze, group_width, kernel_size)
     packed = weights.pack(tile, torch.float64, "cpu")
-    sizes = mbconv_sizes(tile, channels, hidden, out_channels, squeeze)
+    assert packed_kernel_size(packed.conv) == weights.kernel_size == kernel_size
+    sizes = mbconv_sizes(tile, channels, hidden, out_channels, squeeze, kernel_size)
     assert {name: list(tensor.shape) for name, tensor in vars(packed).items()} == sizes
     unpacked = unpack_mbconv(packed, channels, hidden, out_channels, squeeze, group_width)
     for name, tensor in vars(unpacked).items():

@@ -25,6 +25,7 @@ def arguments(device, random_weights):
             "group_width": 8,
             "activation": "relu",
             "residual": out_channels == 24,
+            "stride": 1,
             "tile": TILE.to_ints(),
             **changes,
         }
@@ -32,14 +33,14 @@ def arguments(device, random_weights):
     return make
 
 
-@pytest.mark.parametrize("changes", [{}, {"out_channels": 16, "activation": "silu"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"out_channels": 16, "activation": "gelu", "stride": 2}], ids=str)
 def test_opcheck(changes, arguments):
     torch.library.opcheck(torch.ops.fusion.convfirst.default, tuple(arguments(**changes).values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("out_channels, activation", [(24, "silu"), (16, "relu")])
-def test_cpus_compute_the_reference(out_channels, activation, dtype, random_weights):
+@pytest.mark.parametrize("out_channels, activation, stride", [(24, "silu", 1), (16, "relu", 1), (16, "hardswish", 2)])
+def test_cpus_compute_the_reference(out_channels, activation, stride, dtype, random_weights):
     weights = random_weights(24, 40, out_channels)
     torch.manual_seed(0)
     x = torch.randn(2, 24, 5, 7).to(dtype)
@@ -52,6 +53,7 @@ def test_cpus_compute_the_reference(out_channels, activation, dtype, random_weig
         8,
         activation,
         residual,
+        stride,
         TILE.to_ints(),
     )
     # Biases are packed in fp32, whatever the dtype.
@@ -64,8 +66,9 @@ def test_cpus_compute_the_reference(out_channels, activation, dtype, random_weig
         weights.project_bias.float(),
         activation,
         residual,
+        stride,
     )
-    assert out.dtype == dtype
+    assert out.dtype == dtype and out.shape == (2, out_channels, -(-5 // stride), -(-7 // stride))
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
@@ -125,7 +128,17 @@ ERRORS = [
         ValueError,
         "images of 16384x8192 pixels are too large, split them",
     ),
-    (lambda k: {"activation": "gelu"}, ValueError, "activation 'gelu' is not supported, use relu or silu"),
+    (
+        lambda k: {"activation": "elu"},
+        ValueError,
+        "activation 'elu' is not supported, use relu or silu or relu6 or gelu or hardswish",
+    ),
+    (lambda k: {"stride": 3}, ValueError, "stride 3 is not supported, use 1 or 2"),
+    (
+        lambda k: {"stride": 2},
+        ValueError,
+        "a residual cannot be added to the smaller output of stride 2; use stride 1, or pass residual=False",
+    ),
     (lambda k: {"x": k["x"][:, :20]}, ValueError, "20 input channels are not supported, use a multiple of 8"),
     (lambda k: {"out_channels": 20}, ValueError, "20 output channels are not supported, use a multiple of 8"),
     (lambda k: {"group_width": 5}, ValueError, "24 channels do not divide into groups of 5"),

@@ -108,18 +108,21 @@ def equal_blocks(count, **options):
 
 
 def test_equal_blocks_run_in_one_launch(blocks, launches):
-    """Those with other sizes, another activation or no residual end it."""
+    """Those with other sizes, other activations or no residual end it."""
     torch.manual_seed(0)
-    blocks = [*blocks[:1], *equal_blocks(3), *equal_blocks(2, activation=nn.ReLU), *equal_blocks(2, se_ratio=0.5)]
+    changes = {"activation": nn.ReLU}, {"se_ratio": 0.5}, {"se_ratio": 0.5, "squeeze_activation": nn.SiLU}
+    blocks = [*blocks[:1], *equal_blocks(3)]
+    for options in changes:
+        blocks += equal_blocks(2, **options)
     x = torch.randn(2, 16, 6, 7)
     expected = nn.Sequential(*blocks)(x)
     twins = [block.fused() for block in blocks]
     torch.testing.assert_close(FusedStage(twins)(x), expected, rtol=1e-4, atol=1e-4)
-    assert launches == [1, 3, 2, 2]
+    assert launches == [1, 3, 2, 2, 2]
     launches.clear()
     apart = FusedStage(twins, one_launch=False)
     torch.testing.assert_close(apart(x), expected, rtol=1e-4, atol=1e-4)
-    assert launches == [1] * 8
+    assert launches == [1] * 10
 
 
 def test_weights_are_stacked_once(launches):

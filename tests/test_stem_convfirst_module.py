@@ -78,6 +78,8 @@ def test_what_is_not_joined(twins):
     assert join_stem(*twins(activation="silu")) is None
     assert join_stem(*twins(channels=40)) is None
     assert join_stem(*twins(group_width=4)) is None
+    strided = FusedConvFirst(block.weights, activation="relu", residual=False, stride=2)
+    assert join_stem(stem, strided) is None
 
 
 def test_errors_of_the_operator(twins):

@@ -5,7 +5,7 @@ from torch import nn
 from fusion.planner.hopper_tile import HopperTile, weight_bytes, weight_sizes
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.tile import ConvFirstTile
-from fusion.weights import ConvFirstWeights, fold_batch_norm, unpack_conv, unpack_hopper
+from fusion.weights import ConvFirstWeights, LinearMap, Statistics, unpack_conv, unpack_hopper
 
 
 def random_batch_norm(channels, **options):
@@ -25,15 +25,16 @@ def test_folding_batch_norm_is_exact(bias, affine):
     torch.manual_seed(0)
     conv = nn.Conv2d(16, 24, 3, padding=1, groups=4, bias=bias).double()
     bn = random_batch_norm(24, affine=affine, eps=1e-2)
-    weight, folded_bias = fold_batch_norm(conv, bn)
+    folded = LinearMap.of(conv, bn)
     x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
-    y = nn.functional.conv2d(x, weight, folded_bias, padding=1, groups=4)
+    y = nn.functional.conv2d(x, folded.weight, folded.bias, padding=1, groups=4)
     torch.testing.assert_close(y, bn(conv(x)), rtol=1e-12, atol=1e-12)
 
 
 def test_folding_is_done_in_float64_and_shares_no_memory():
     conv, bn = nn.Conv2d(8, 8, 1, bias=True), nn.BatchNorm2d(8)
-    tensors = fold_batch_norm(conv.half(), bn.half())
+    maps = LinearMap.of(conv.half(), bn.half()), LinearMap.of(conv), LinearMap.of(conv.double())
+    tensors = [tensor for each in maps for tensor in (each.weight, each.bias)]
     before = [tensor.clone() for tensor in tensors]
     for tensor in (*conv.parameters(), *bn.parameters(), *bn.buffers()):
         tensor.detach().fill_(2)
@@ -42,9 +43,21 @@ def test_folding_is_done_in_float64_and_shares_no_memory():
         assert torch.equal(tensor, copy)
 
 
+@pytest.mark.parametrize("scale", [torch.rand(24, 1, 1), torch.tensor(0.3)], ids=["channels", "number"])
+def test_folding_a_scale_after_batch_norm_is_exact(scale):
+    conv, bn, x = nn.Conv2d(16, 24, 1).double(), random_batch_norm(24), torch.randn(2, 16, 5, 7, dtype=torch.float64)
+    folded = LinearMap.fold(conv.weight, conv.bias, Statistics.of(bn), scale)
+    y = nn.functional.conv2d(x, folded.weight, folded.bias)
+    torch.testing.assert_close(y, scale * bn(conv(x)), rtol=1e-12, atol=1e-12)
+    linear, vector = nn.Linear(16, 24).double(), torch.randn(2, 16, dtype=torch.float64)
+    folded = LinearMap.fold(linear.weight, linear.bias, scale=scale)
+    y = nn.functional.linear(vector, folded.matrix, folded.bias)
+    torch.testing.assert_close(y, scale.flatten() * linear(vector), rtol=1e-12, atol=1e-12)
+
+
 def test_batch_norm_without_statistics_is_refused():
     with pytest.raises(ValueError, match=r"without running statistics cannot be folded.*track_running_stats=True"):
-        fold_batch_norm(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, track_running_stats=False))
+        LinearMap.of(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, track_running_stats=False))
 
 
 @pytest.mark.parametrize("out_channels", [24, 32])

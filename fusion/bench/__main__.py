@@ -8,9 +8,9 @@ import argparse
 import os
 import sys
 
-from fusion.bench import convfirst, ffn, mbconv, network, waterline
+from fusion.bench import compile_command, convfirst, ffn, mbconv, network, waterline
 
-SUBCOMMANDS = (convfirst.COMMAND, mbconv.COMMAND, ffn.COMMAND, network, waterline)
+SUBCOMMANDS = (convfirst.COMMAND, mbconv.COMMAND, ffn.COMMAND, network, compile_command, waterline)
 
 DESCRIPTION = """\
 Measure and analyse convolutional networks and their blocks: layer by layer, and fused into one kernel.
@@ -24,6 +24,7 @@ examples:
   python -m fusion.bench mbconv                         its MBConv blocks with squeeze-and-excitation, the same way
   python -m fusion.bench ffn                            FFN blocks alone, the same way
   python -m fusion.bench network                        whole networks, next to timm's: speed, limit, accuracy
+  python -m fusion.bench compile resnet50               any network, as torch.compile with this backend makes it
   python -m fusion.bench waterline                      their minimum latencies, and MBConv's, on the paper's GPU
   python -m fusion.bench waterline --processor h200     the same on another GPU
   python -m fusion.bench COMMAND --help                 what a command does, and its options

@@ -18,13 +18,14 @@ LOG_LINES = 40
 class CaseWorker:
     """A process that answers lines of JSON on its standard input with lines of JSON; it starts at the first request.
 
-    `compile_threads` is how many processor cores it may use. `log` is, once it has ended, the end of what it wrote to
-    standard error.
+    `compile_threads` is how many processor cores it may use, `variables` are added to its environment. `log` is, once
+    it has ended, the end of what it wrote to standard error.
     """
 
-    def __init__(self, command: Sequence[str], compile_threads: int = 1):
+    def __init__(self, command: Sequence[str], compile_threads: int = 1, variables: Mapping[str, str] | None = None):
         self._command = list(command)
         self._compile_threads = compile_threads
+        self._variables = dict(variables or {})
         self._process: subprocess.Popen | None = None
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in close()
         self._lock = threading.Lock()
@@ -99,6 +100,7 @@ class CaseWorker:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
             environment[name] = str(self._compile_threads)
+        environment.update(self._variables)
         return subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,

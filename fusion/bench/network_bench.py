@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusion.bench.answers import describe
 from fusion.bench.calibrate import image_batches, synthetic_images
 from fusion.bench.deferred_inductor import DeferredInductor
 from fusion.bench.network_build import build_network, count_ops, fuse_network, network_units
@@ -153,11 +154,6 @@ class NetworkBench:
             for name in ("fused", "eager")
         )
         return compare_logits(fused, eager, *self.references)
-
-
-def describe(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def time_blocks(fused: nn.Module, case: NetworkCase, device: str = "cuda") -> list[dict]:

@@ -65,15 +65,7 @@ def _interpret(block: torch.nn.Module, plan: Plan, x: Tensor) -> Tensor:
     out = torch.full_like(x, float("nan"))
     fused = block.fused()
     packed = kernels.pack(fused.weights, plan.tile, x.dtype, "cpu")
-    kernels.launch(
-        x,
-        packed,
-        out,
-        plan.tile,
-        fused.weights,
-        activation=fused.activation,
-        residual=fused.residual,
-    )
+    kernels.launch(x, packed, out, plan.tile, fused.weights, **fused.options)
     return out
 
 

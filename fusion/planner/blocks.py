@@ -5,9 +5,9 @@ output channels K (default C), ``expansion`` is the ratio of hidden to input cha
 overrides. All constructors raise ValueError for sizes that do not fit together.
 """
 
-from fusion.planner.graph import BlockGraph, Op, OpKind, Role, Tensor, make_op
+from fusion.planner.graph import ACTIVATION_KINDS, BlockGraph, Op, OpKind, Role, Tensor, make_op
 
-ACTIVATIONS = {"relu": OpKind.RELU, "silu": OpKind.SILU}
+ACTIVATIONS = {str(kind): kind for kind in ACTIVATION_KINDS}
 
 
 def ffn(
@@ -48,20 +48,22 @@ def convfirst(
     residual: bool | None = None,
     dtype: str = "float16",
     kernel_size: int = 3,
+    blur: bool = True,
 ) -> BlockGraph:
     """Grouped convolution without an activation, then an FFN (section 5.3).
 
     With stride 2 (figure 6c) the convolution runs at full resolution, its input and output are concatenated to 2C
-    channels and blur-pooled, and the FFN takes those; its hidden channels are still ``expansion * channels``. The
-    residual defaults to what the shape allows: stride 1 and K == C.
+    channels and blur-pooled, and the FFN takes those; its hidden channels are still ``expansion * channels``. Or, if
+    not ``blur``, the convolution itself has stride 2, and the FFN takes its C channels. The residual defaults to what
+    the shape allows: stride 1 and K == C.
     """
     _positive(n=n, h=h, w=w, channels=channels)
     _supported_stride(stride)
     hidden = _hidden_channels(channels, expansion, hidden_channels)
     out_channels = _default_channels(out_channels, channels)
     x = _input(n, h, w, channels)
-    ops = [_conv("conv", x, channels, kernel_size, group_width)]
-    if stride == 2:
+    ops = [_conv("conv", x, channels, kernel_size, group_width, 1 if blur else stride)]
+    if stride == 2 and blur:
         ops.append(make_op(OpKind.CONCAT, "concat", (x, ops[-1].output)))
         ops.append(make_op(OpKind.BLURPOOL, "blurpool", (ops[-1].output,), stride=2))
     ops += _ffn_ops(ops[-1].output, hidden, out_channels, activation)
@@ -83,11 +85,14 @@ def mbconv(
     residual: bool | None = None,
     dtype: str = "float16",
     kernel_size: int = 3,
+    squeeze_activation: str = "relu",
+    blur: bool = True,
 ) -> BlockGraph:
     """Point-wise expand, grouped convolution, squeeze-and-excitation, point-wise project (section 5.4).
 
-    With stride 2 the convolution runs at full resolution and a blur-pool follows its activation. ``squeeze_channels``
-    defaults to C // 4. The residual defaults to what the shape allows: stride 1 and K == C.
+    With stride 2 the convolution runs at full resolution and a blur-pool follows its activation; or, if not ``blur``,
+    the convolution itself has stride 2. ``squeeze_channels`` defaults to C // 4, ``squeeze_activation`` follows the
+    squeeze layer. The residual defaults to what the shape allows: stride 1 and K == C.
     """
     _positive(n=n, h=h, w=w, channels=channels)
     _supported_stride(stride)
@@ -97,14 +102,14 @@ def mbconv(
     x = _input(n, h, w, channels)
     ops = [_conv("expand", x, hidden)]
     ops.append(_activation("expand_activation", ops[-1].output, activation))
-    ops.append(_conv("conv", ops[-1].output, hidden, kernel_size, group_width))
+    ops.append(_conv("conv", ops[-1].output, hidden, kernel_size, group_width, 1 if blur else stride))
     ops.append(_activation("conv_activation", ops[-1].output, activation))
-    if stride == 2:
+    if stride == 2 and blur:
         ops.append(make_op(OpKind.BLURPOOL, "blurpool", (ops[-1].output,), stride=2))
     y = ops[-1].output
     ops.append(make_op(OpKind.GLOBAL_AVERAGE_POOL, "pool", (y,)))
     ops.append(_linear("squeeze", ops[-1].output, squeeze))
-    ops.append(make_op(OpKind.RELU, "squeeze_activation", (ops[-1].output,)))
+    ops.append(_activation("squeeze_activation", ops[-1].output, squeeze_activation))
     ops.append(_linear("excite", ops[-1].output, hidden))
     ops.append(make_op(OpKind.SIGMOID, "excite_activation", (ops[-1].output,)))
     ops.append(make_op(OpKind.MULTIPLY, "gate", (y, ops[-1].output)))

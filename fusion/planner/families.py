@@ -71,7 +71,8 @@ class KernelFamily:
     block on a processor with any tile, if there are no `candidate_tiles`; `why_invalid` judges one tile. Sizes are
     those of one program, times are in microseconds. Tiles of the same `design` differ in little: a search tries one of
     each first. `lower` makes the program that the kernel runs with a tile. If not `is_repeatable`, sums are formed in
-    any order, and two runs may differ by rounding errors.
+    any order, and two runs may differ by rounding errors. If `is_portable`, the kernel is plain Triton, which runs on
+    any GPU, and a compiler may take it out of its operator: a packaged program holds the kernel itself.
     """
 
     name: str
@@ -89,6 +90,7 @@ class KernelFamily:
     design: Callable[[Tile], tuple[int, ...]]
     lower: Callable[[BlockGraph, Tile, BlockShape], Program]
     is_repeatable: bool = True
+    is_portable: bool = False
 
     def ranked_tiles(self, shape: BlockShape, processor: Processor) -> list[Tile]:
         """All valid candidates, the best prediction first."""
@@ -130,6 +132,7 @@ PORTABLE = KernelFamily(
     programs_per_processor=portable_tile.programs_per_processor,
     lower=lambda graph, tile, shape: block_fused(graph, (tile.height, tile.width), tile.hidden),
     design=lambda tile: (tile.pixels, tile.hidden, tile.conv_slab, tile.warps),
+    is_portable=True,
 )
 
 CONVFIRST_DOWN_HOPPER = KernelFamily(
@@ -166,6 +169,7 @@ CONVFIRST_DOWN = KernelFamily(
     programs_per_processor=convfirst_down_tile.programs_per_processor,
     lower=lambda graph, tile, shape: block_fused(graph, None, tile.hidden),
     design=lambda tile: (tile.pixels, tile.hidden, tile.conv_slab, tile.warps, tile.copy_bytes),
+    is_portable=True,
 )
 
 FFN = KernelFamily(
@@ -201,6 +205,7 @@ MBCONV = KernelFamily(
     design=mbconv_tile.design,
     lower=lambda graph, tile, shape: two_pass(graph, (tile.height, tile.width), tile.hidden),
     is_repeatable=False,
+    is_portable=True,
 )
 
 MBCONV_HOPPER = KernelFamily(
@@ -236,6 +241,7 @@ MBCONV_DOWN = KernelFamily(
     design=mbconv_down_tile.design,
     lower=lambda graph, tile, shape: two_pass(graph, (tile.height, tile.width), tile.hidden),
     is_repeatable=False,
+    is_portable=True,
 )
 
 MBCONV_DOWN_HOPPER = KernelFamily(
@@ -270,6 +276,7 @@ STEM = KernelFamily(
     programs_per_processor=stem_tile.programs_per_processor,
     lower=lambda graph, tile, shape: block_fused(graph, (tile.height, tile.width)),
     design=lambda tile: (tile.height * tile.width, tile.group, tile.warps),
+    is_portable=True,
 )
 
 STEM_CONVFIRST_HOPPER = KernelFamily(
@@ -306,6 +313,7 @@ HEAD = KernelFamily(
     programs_per_processor=head_tile.programs_per_processor,
     lower=lambda graph, tile, shape: pool_fused(graph, tile.images, tile.channels),
     design=lambda tile: (tile.pixels, tile.channels, tile.warps),
+    is_portable=True,
 )
 
 FAMILIES = (

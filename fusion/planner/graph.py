@@ -70,12 +70,19 @@ class OpKind(StrEnum):
     LINEAR = "linear"
     RELU = "relu"
     SILU = "silu"
+    RELU6 = "relu6"
+    GELU = "gelu"
+    HARDSWISH = "hardswish"
     SIGMOID = "sigmoid"
     GLOBAL_AVERAGE_POOL = "global_average_pool"
     MULTIPLY = "multiply"
     ADD = "add"
     BLURPOOL = "blurpool"
     CONCAT = "concat"
+
+
+ACTIVATION_KINDS = (OpKind.RELU, OpKind.SILU, OpKind.RELU6, OpKind.GELU, OpKind.HARDSWISH)
+"""What may follow a convolution of a block; GELU is the exact one, by the error function."""
 
 
 @dataclass(frozen=True)
@@ -318,8 +325,7 @@ _RULES: Mapping[OpKind, _Rule] = {
         _check_linear,
         weight_layouts=("KC",),
     ),
-    OpKind.RELU: _ELEMENTWISE,
-    OpKind.SILU: _ELEMENTWISE,
+    **dict.fromkeys(ACTIVATION_KINDS, _ELEMENTWISE),
     OpKind.SIGMOID: _ELEMENTWISE,
     OpKind.GLOBAL_AVERAGE_POOL: _Rule(
         "one NHWC tensor",

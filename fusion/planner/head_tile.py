@@ -40,8 +40,8 @@ STEP_US = 0.25
 PRODUCT_SHARE = 0.8
 """Part of the peak that products of `WIDE` or more pixels reach."""
 WIDE = 64
-SILU_RATE = 16
-"""Special functions of a processor in a cycle."""
+ACTIVATION_RATES = {"silu": 16, "gelu": 4}
+"""How many a processor computes in a cycle, of those that take time: one special function, or about 30 instructions."""
 CLOCK = 1.7e9
 """Cycles a second."""
 
@@ -80,7 +80,7 @@ class HeadTile:
 
     def programs(self, batch: int, out_channels: int) -> int:
         """Number of programs."""
-        return ceil(batch / self.images) * ceil(out_channels / self.channels)
+        return -(-batch // self.images) * ceil(out_channels / self.channels)
 
     def to_ints(self) -> list[int]:
         """The fields in order, for operators and files that take integers only; `HeadTile(*ints)` undoes it."""
@@ -176,7 +176,8 @@ def predicted_us(tile: HeadTile, shape: HeadShape, processor: Processor) -> floa
     share = PRODUCT_SHARE * min(1.0, tile.pixels / WIDE) ** 0.5
     ops_rate = share * tensor_cores * processor.peak_ops / processor.processors
     product_us = occupancy * 2 * computed * in_channels / ops_rate * 1e6
-    activation_us = occupancy * computed / (SILU_RATE * CLOCK) * 1e6 if shape.activation == "silu" else 0.0
+    rate = ACTIVATION_RATES.get(shape.activation)
+    activation_us = occupancy * computed / (rate * CLOCK) * 1e6 if rate else 0.0
     running = min(programs, processor.processors * occupancy)
     elements = in_channels * (tile.channels + steps * tile.pixels)
     global_us = running * ELEMENT_SIZE[shape.dtype] * elements / processor.global_bandwidth * 1e6

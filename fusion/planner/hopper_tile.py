@@ -179,6 +179,8 @@ def why_unsupported(shape: ConvFirstShape) -> str | None:
         return f"group width {shape.group_width} is not supported, use {GROUP_WIDTH}"
     if shape.activation != "relu":
         return f"activation {shape.activation} is not supported, use relu"
+    if shape.stride != 1:
+        return f"stride {shape.stride} of the convolution is not supported, use 1"
     return portable.why_unsupported(shape)
 
 

@@ -71,7 +71,7 @@ def predicted_us(tile: HopperTile, shape: ConvFirstShape, processor: Processor) 
         chunk_bytes = ELEMENT_SIZE[shape.dtype] * tile.chunk_elements(shape.in_channels, shape.out_channels)
         block_us = max(block_us, steps * chunk_bytes * processor.processors / processor.global_bandwidth * 1e6)
     blocks = work.jobs * tile.pixels // BLOCK_PIXELS
-    dram_us = shape.pixels * shape.pixel_bytes / processor.bandwidth * 1e6
+    dram_us = shape.activation_bytes / processor.bandwidth * 1e6
     return LAUNCH_US + max(ceil(load / resident) * blocks * block_us, dram_us)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from fusion.planner.graph import ELEMENT_SIZE, BlockGraph, Op, OpKind, Tensor
+from fusion.planner.graph import ACTIVATION_KINDS, ELEMENT_SIZE, BlockGraph, Op, OpKind, Tensor
 
 
 class Activations:
@@ -31,9 +31,20 @@ class Activations:
         return ELEMENT_SIZE[self.dtype] * (self.in_channels + self.out_channels)
 
 
-class HalvedActivations:
-    """What follows from batch, height, width, channels and dtype of a shape whose output has half as many rows and
-    columns as its input, rounded up. ``height`` and ``width`` are those of the input."""
+class ResizedActivations:
+    """What follows from batch, height, width, channels and dtype of a shape whose output has another size than its
+    input. ``height`` and ``width`` are those of the input."""
+
+    @property
+    def activation_bytes(self) -> int:
+        """Input and output of all images."""
+        inputs = self.height * self.width * self.in_channels
+        outputs = self.out_height * self.out_width * self.out_channels
+        return ELEMENT_SIZE[self.dtype] * self.batch * (inputs + outputs)
+
+
+class HalvedActivations(ResizedActivations):
+    """Those of a shape whose output has half as many rows and columns as its input, rounded up."""
 
     @property
     def out_height(self) -> int:
@@ -45,17 +56,14 @@ class HalvedActivations:
         """Columns of the output, in pixels."""
         return ceil(self.width / 2)
 
-    @property
-    def activation_bytes(self) -> int:
-        """Input and output of all images."""
-        inputs = self.height * self.width * self.in_channels
-        outputs = self.out_height * self.out_width * self.out_channels
-        return ELEMENT_SIZE[self.dtype] * self.batch * (inputs + outputs)
-
 
 @dataclass(frozen=True)
-class ConvFirstShape(Activations):
-    """Parameters of a stride-1 ConvFirst block; ``height`` and ``width`` in pixels, channels C, hidden and K."""
+class ConvFirstShape(ResizedActivations):
+    """Parameters of a ConvFirst block without a blur-pool; ``height`` and ``width`` of the input in pixels, channels C,
+    hidden and K.
+
+    ``stride`` is that of the convolution, 1 or 2. A block of stride 2 has no residual.
+    """
 
     batch: int
     height: int
@@ -68,11 +76,23 @@ class ConvFirstShape(Activations):
     residual: bool
     dtype: str
     kernel_size: int = 3
+    stride: int = 1
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the output, in pixels."""
+        return ceil(self.height / self.stride)
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output, in pixels."""
+        return ceil(self.width / self.stride)
 
 
 @dataclass(frozen=True)
 class ConvFirstDownShape(HalvedActivations):
-    """Parameters of a stride-2 ConvFirst block; ``height`` and ``width`` of the input in pixels, channels C, hidden, K.
+    """Parameters of a stride-2 ConvFirst block with a blur-pool; ``height`` and ``width`` of the input in pixels,
+    channels C, hidden, K.
 
     The expansion has 2C input channels. Such a block has no residual.
     """
@@ -180,7 +200,7 @@ class MBConvShape(Activations):
     """Parameters of a stride-1 MBConv block with squeeze-and-excitation.
 
     ``height`` and ``width`` are in pixels; channels are C, hidden, K, and those of the squeeze vector. ``activation``
-    follows both the expansion and the grouped convolution.
+    follows both the expansion and the grouped convolution, ``squeeze_activation`` the squeeze layer.
     """
 
     batch: int
@@ -195,6 +215,7 @@ class MBConvShape(Activations):
     residual: bool
     dtype: str
     kernel_size: int = 3
+    squeeze_activation: str = "relu"
 
 
 @dataclass(frozen=True)
@@ -202,7 +223,9 @@ class MBConvDownShape(HalvedActivations):
     """Parameters of a stride-2 MBConv block with squeeze-and-excitation.
 
     ``height`` and ``width`` are those of the input, in pixels; channels are C, hidden, K, and those of the squeeze
-    vector. ``activation`` follows both the expansion and the grouped convolution. Such a block has no residual.
+    vector. ``activation`` follows both the expansion and the grouped convolution, ``squeeze_activation`` the squeeze
+    layer. With ``blur`` the convolution is followed by a blur-pool, else it has stride 2 itself. Such a block has no
+    residual.
     """
 
     batch: int
@@ -216,6 +239,8 @@ class MBConvDownShape(HalvedActivations):
     activation: str
     dtype: str
     kernel_size: int = 3
+    squeeze_activation: str = "relu"
+    blur: bool = True
 
 
 BlockShape = (
@@ -229,9 +254,18 @@ BlockShape = (
     | HeadShape
 )
 
+OPTIONS = ("activation", "residual", "stride", "squeeze_activation", "blur")
+"""Fields of shapes that are neither sizes nor the dtype, but say what a block computes."""
+
+
+def options_of(shape: BlockShape) -> dict[str, object]:
+    """Those of the `OPTIONS` that a shape has, by name."""
+    return {name: getattr(shape, name) for name in OPTIONS if hasattr(shape, name)}
+
 
 def match_convfirst(graph: BlockGraph) -> ConvFirstShape | None:
-    """The shape of a stride-1 ConvFirst block: spatial convolution, expand, activation, project, maybe a residual.
+    """The shape of a ConvFirst block without a blur-pool: spatial convolution of stride 1 or 2, expand, activation,
+    project, maybe, with stride 1, a residual.
 
     Returns None when the graph is anything else.
     """
@@ -244,8 +278,8 @@ def match_convfirst(graph: BlockGraph) -> ConvFirstShape | None:
         conv.inputs == (x,)
         and _is_ffn(graph, ffn, conv.output, residual=x)
         and conv.is_spatial_conv
-        and conv.stride == 1
-        and conv.output.dims == x.dims
+        and (conv.stride == 1 or (conv.stride == 2 and not has_residual))
+        and conv.output["C"] == x["C"]
     )
     if not is_convfirst:
         return None
@@ -261,12 +295,13 @@ def match_convfirst(graph: BlockGraph) -> ConvFirstShape | None:
         residual=has_residual,
         dtype=graph.dtype,
         kernel_size=conv.kernel_size,
+        stride=conv.stride,
     )
 
 
 def match_convfirst_down(graph: BlockGraph) -> ConvFirstDownShape | None:
-    """The shape of a stride-2 ConvFirst block: spatial convolution at full resolution, its input and output
-    concatenated in this order, blur-pool of stride 2, expand, activation, project.
+    """The shape of a stride-2 ConvFirst block with a blur-pool: spatial convolution at full resolution, its input
+    and output concatenated in this order, blur-pool of stride 2, expand, activation, project.
 
     Returns None when the graph is anything else.
     """
@@ -358,24 +393,27 @@ def match_mbconv(graph: BlockGraph) -> MBConvShape | None:
         residual=bool(rest),
         dtype=graph.dtype,
         kernel_size=conv.kernel_size,
+        squeeze_activation=str(gated[2].kind),
     )
 
 
 def match_mbconv_down(graph: BlockGraph) -> MBConvDownShape | None:
-    """The shape of a stride-2 MBConv block: expand, activation, spatial convolution at full resolution, the same
-    activation, blur-pool of stride 2, a gate of squeeze-and-excitation, project.
+    """The shape of a stride-2 MBConv block: expand, activation, spatial convolution, the same activation, a gate of
+    squeeze-and-excitation, project. The convolution has stride 2, or stride 1 and a blur-pool of stride 2 after its
+    activation.
 
     Returns None when the graph is anything else.
     """
-    if len(graph.inputs) != 1 or len(graph.outputs) != 1 or len(graph.ops) != 12:
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1 or len(graph.ops) not in (11, 12):
         return None
     (x,) = graph.inputs
-    expand, _, conv, activation, blur, *gated, project = graph.ops
+    expand, _, conv, activation, *blur = graph.ops[:-7]
+    *gated, project = graph.ops[-7:]
     is_mbconv_down = (
-        _is_expanded_conv(x, graph.ops[:4])
-        and _is_chain(activation.output, (blur,))
-        and (blur.kind, blur.stride) == (OpKind.BLURPOOL, 2)
-        and _is_gated(blur.output, gated)
+        _is_expanded_conv(x, graph.ops[:4], stride=1 if blur else 2)
+        and _is_chain(x, graph.ops[:-7])
+        and all((op.kind, op.stride) == (OpKind.BLURPOOL, 2) for op in blur)
+        and _is_gated(graph.ops[-8].output, gated)
         and _is_chain(gated[-1].output, (project,))
         and project.is_pointwise
         and graph.outputs == (project.output,)
@@ -394,6 +432,8 @@ def match_mbconv_down(graph: BlockGraph) -> MBConvDownShape | None:
         activation=str(activation.kind),
         dtype=graph.dtype,
         kernel_size=conv.kernel_size,
+        squeeze_activation=str(gated[2].kind),
+        blur=bool(blur),
     )
 
 
@@ -409,7 +449,7 @@ def match_stem(graph: BlockGraph) -> StemShape | None:
         and conv.is_spatial_conv
         and conv.is_dense
         and (conv.kernel_size, conv.stride) == (3, 2)
-        and all(op.kind in (OpKind.RELU, OpKind.SILU) for op in rest)
+        and all(op.kind in ACTIVATION_KINDS for op in rest)
     )
     if not is_stem:
         return None
@@ -425,7 +465,7 @@ def match_stem(graph: BlockGraph) -> StemShape | None:
 
 
 def match_stem_convfirst(graph: BlockGraph) -> StemConvFirstShape | None:
-    """The shape of a stem (`match_stem`) and a stride-1 ConvFirst block of its output, with the same activation.
+    """The shape of a stem (`match_stem`) and a ConvFirst block of stride 1 of its output, with the same activation.
 
     Returns None when the graph is anything else.
     """
@@ -436,7 +476,7 @@ def match_stem_convfirst(graph: BlockGraph) -> StemConvFirstShape | None:
         return None
     stem = match_stem(BlockGraph(graph.name, stem, graph.inputs, (y,), graph.dtype))
     block = match_convfirst(BlockGraph(graph.name, block, (y,), graph.outputs, graph.dtype))
-    if stem is None or block is None or stem.activation != block.activation:
+    if stem is None or block is None or stem.activation != block.activation or block.stride != 1:
         return None
     return StemConvFirstShape(
         batch=stem.batch,
@@ -464,7 +504,7 @@ def match_head(graph: BlockGraph) -> HeadShape | None:
         _is_chain(x, graph.ops)
         and graph.outputs == (pool.output,)
         and conv.is_pointwise
-        and all(op.kind in (OpKind.RELU, OpKind.SILU) for op in rest)
+        and all(op.kind in ACTIVATION_KINDS for op in rest)
         and pool.kind is OpKind.GLOBAL_AVERAGE_POOL
     )
     if not is_head:
@@ -487,33 +527,34 @@ def _is_ffn(graph: BlockGraph, ops: Sequence[Op], x: Tensor, residual: Tensor) -
         _is_chain(x, (expand, activation, project))
         and _ends_with_residual(graph, project.output, rest, residual)
         and expand.is_pointwise
-        and activation.kind in (OpKind.RELU, OpKind.SILU)
+        and activation.kind in ACTIVATION_KINDS
         and project.is_pointwise
     )
 
 
-def _is_expanded_conv(x: Tensor, ops: Sequence[Op]) -> bool:
-    """Whether ops are the expansion of `x`, an activation, a spatial convolution that keeps the size, and the same
-    activation."""
+def _is_expanded_conv(x: Tensor, ops: Sequence[Op], stride: int = 1) -> bool:
+    """Whether ops are the expansion of `x`, an activation, a spatial convolution of this stride with as many outputs as
+    inputs, and the same activation."""
     expand, expand_activation, conv, activation = ops
     return (
         _is_chain(x, ops)
         and expand.is_pointwise
-        and expand_activation.kind in (OpKind.RELU, OpKind.SILU)
+        and expand_activation.kind in ACTIVATION_KINDS
         and conv.is_spatial_conv
-        and conv.stride == 1
-        and conv.output.dims == expand.output.dims
+        and conv.stride == stride
+        and conv.output["C"] == expand.output["C"]
         and activation.kind == expand_activation.kind
     )
 
 
 def _is_gated(y: Tensor, ops: Sequence[Op]) -> bool:
     """Whether ops are `y` times the gate of its squeeze-and-excitation."""
-    pool, squeeze, relu, excite, sigmoid, gate = ops
+    pool, squeeze, activation, excite, sigmoid, gate = ops
     return (
-        _is_chain(y, (pool, squeeze, relu, excite, sigmoid))
+        _is_chain(y, (pool, squeeze, activation, excite, sigmoid))
         and pool.kind is OpKind.GLOBAL_AVERAGE_POOL
-        and (squeeze.kind, relu.kind, excite.kind) == (OpKind.LINEAR, OpKind.RELU, OpKind.LINEAR)
+        and (squeeze.kind, excite.kind) == (OpKind.LINEAR, OpKind.LINEAR)
+        and activation.kind in (OpKind.RELU, OpKind.SILU)
         and (sigmoid.kind, gate.kind) == (OpKind.SIGMOID, OpKind.MULTIPLY)
         and gate.inputs == (y, sigmoid.output)
     )

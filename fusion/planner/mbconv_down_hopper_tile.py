@@ -13,6 +13,7 @@ from math import ceil
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import MBConvDownShape
 from fusion.planner.mbconv_hopper_tile import (
+    ACTIVATIONS,
     BIAS_CHANNELS,
     BYTES_PER_US,
     COMPILER_BYTES,
@@ -53,6 +54,8 @@ MAX_ROWS = 2 * ROWS
 MAX_COLUMNS = 32
 BLUR_US = 0.03
 """Of a sweep and a tile, not measured: a tenth of its instructions."""
+STRIDED_SHARE = 0.6
+"""Of a tile's time, without the expansion, if a quarter of its pixels is convolved, not measured: its instructions."""
 GOOD_STAGES = 6
 """As many as are good where a pass of the stride-1 kernel has pixels for all warps."""
 
@@ -231,6 +234,8 @@ def why_unsupported(shape: MBConvDownShape) -> str | None:
     """Why no tile runs this block on any processor, and what to do instead; None if some tile may."""
     if shape.dtype not in KERNEL_DTYPES:
         return f"dtype {shape.dtype} is not supported, use one of {', '.join(KERNEL_DTYPES)}"
+    if shape.activation not in ACTIVATIONS:
+        return f"activation {shape.activation} is not supported, use {' or '.join(ACTIVATIONS)}"
     if (shape.kernel_size, shape.group_width) != (3, GROUP_WIDTH):
         return (
             f"kernel size {shape.kernel_size} with group width {shape.group_width} is not supported, use 3 and "
@@ -241,7 +246,7 @@ def why_unsupported(shape: MBConvDownShape) -> str | None:
             return f"{name}={getattr(shape, name)} is not supported, use a multiple of {CHANNEL_MULTIPLE}"
     if shape.batch > MAX_IMAGES:
         return f"{shape.batch} images are too many for a launch, split the batch: {MAX_IMAGES} are the limit"
-    return why_not_covering(shape.height, shape.width)
+    return why_not_covering(shape.height, shape.width, shape.blur)
 
 
 def why_malformed(tile: MBConvDownHopperTile) -> str | None:
@@ -255,10 +260,10 @@ def why_malformed(tile: MBConvDownHopperTile) -> str | None:
     return None
 
 
-def why_not_covering(height: int, width: int) -> str | None:
+def why_not_covering(height: int, width: int, blur: bool) -> str | None:
     """Why no tile fits images of this size; None if all do."""
-    if height % 2 or width % 2:
-        return f"images of {height}x{width} pixels are not supported: height and width must be even"
+    if blur and (height % 2 or width % 2):
+        return f"images of {height}x{width} pixels are not supported: height and width must be even for a blur-pool"
     if height > MAX_ROWS or width > MAX_COLUMNS:
         return f"images of {height}x{width} pixels are too large: up to {MAX_ROWS}x{MAX_COLUMNS} are supported"
     return None
@@ -304,7 +309,8 @@ def estimated_registers(tile: MBConvDownHopperTile, shape: MBConvDownShape) -> f
     depth = 16 * tile.depths(shape.in_channels)
     tiles = tile.tiles_of_column(shape.height)
     # Of each tile of a column a window of two columns and sums that the next ones blur; the pool and output columns.
-    held = tiles * (2 * 8 + 8) + 12
+    # Without a blur a window of one column, the pool and sums.
+    held = tiles * (2 * 8 + 8) + 12 if shape.blur else tiles * 8 + 16
     produce = depth / 4 + 8 * PIECE + held + 4 * TAPS + 24
     rows = tile.out_pixels(*size) // tile.passes(*size, shape.out_channels)
     divided = max(1, TILE_PIXELS * WARPS // rows)
@@ -330,7 +336,8 @@ def predicted_us(tile: MBConvDownHopperTile, shape: MBConvDownShape, processor: 
     elements += tile.passes(*size, shape.out_channels) * sum(tile.out_slabs(shape.out_channels)) + streamed
     image_bytes = tile.input_bytes(*size, shape.in_channels) + tile.output_bytes(*size, shape.out_channels)
     l2_us = (ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP * elements + image_bytes) / BYTES_PER_US
-    tile_us = TILE_US + BLUR_US + DEPTH_US * tile.depths(shape.in_channels)
+    convolve_us = TILE_US + BLUR_US if shape.blur else STRIDED_SHARE * TILE_US
+    tile_us = convolve_us + DEPTH_US * tile.depths(shape.in_channels)
     pieces = tile.pieces(*size) * sweeps
     if tile.splits_last(*size, shape.hidden_channels):
         pieces -= tile.pieces(*size) // 2 - 1

@@ -1,8 +1,9 @@
 """Tile of the portable kernels of stride-2 MBConv: what may be chosen, what is valid, and how long it should take.
 
-A block runs as two kernels, a micro-batch of images at a time. The first one leaves the blurred hidden tensor and the
-squeeze vector in global memory; the second one is that of stride 1 (`fusion.planner.mbconv_project`). `why_invalid` is
-the one judge of validity, for the planner's choice and for the tuner's candidates.
+A block runs as two kernels, a micro-batch of images at a time. The first one leaves the hidden tensor, blurred or
+convolved with stride 2, and the squeeze vector in global memory; the second one is that of stride 1
+(`fusion.planner.mbconv_project`). `why_invalid` is the one judge of validity, for the planner's choice and for the
+tuner's candidates.
 """
 
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from fusion.planner.mbconv_tile import (
     MAX_WINDOW_PIXELS,
     STEP_US,
     why_group_unsupported,
+    why_kernel_size_unsupported,
     why_splits_groups,
 )
 from fusion.planner.processor import Processor, kilobytes
@@ -53,6 +55,8 @@ QUAD = 4
 """Pixels of full resolution that one row of a product convolves, two rows of two."""
 NEIGHBOURS = 16
 """Pixels that a quad's convolutions look at, four rows of four."""
+QUAD_KERNEL_SIZE = 3
+"""Of convolutions whose weights are matrices of quads; larger ones multiply pixel by pixel, tap by tap."""
 STEP_CHANNELS = 64
 """Hidden channels of neighbours in one row that a step of the convolution multiplies, if slabs are no wider."""
 EXPAND_SUMS = 32
@@ -63,7 +67,7 @@ BLUR_ELEMENTS = 16
 SCRATCH_SHARE = 0.5
 """Of the L2 cache that the programs of the first kernel may fill with what is theirs alone."""
 HIDDEN_SHARE = 0.5
-"""Of the L2 cache that a micro-batch may fill with its blurred hidden tensor."""
+"""Of the L2 cache that a micro-batch may fill with its hidden tensor."""
 LEAST_SIZE = 2
 """Rows and columns of an image: the blur reflects at its borders."""
 PRODUCE_FIELDS = 11
@@ -76,6 +80,8 @@ BYTES_COST = 1.0
 """Part of the time of the first kernel's bytes, at the L2 cache's bandwidth, that is not hidden."""
 REGISTERS_PER_SUM = 3.5
 """Of the expansion and of the convolution, as compiled for compute capability 9.0."""
+REGISTERS_PER_VIEW = 2
+"""Of the same, where quads have one pixel each: addresses and masks of an element of the convolution's operands."""
 BLUR_VIEWS = 9 / 4
 """Loads of the blur for each element of full resolution."""
 
@@ -91,6 +97,8 @@ class MBConvDownTile(ProjectTile):
     convolution's operands are copied in pieces of `copy_bytes` bytes, 16, or 8 by way of the L1 cache. A program of the
     second kernel has `project_warps` warps and computes up to `project_out` output channels for `project_pixels`
     pixels, in steps of `project_hidden` hidden channels and `project_stages` stages.
+
+    Of a block without a blur-pool only the first pixel of each quad is convolved.
     """
 
     images: int
@@ -124,17 +132,26 @@ class MBConvDownTile(ProjectTile):
 
     @property
     def step_pixels(self) -> int:
-        """Neighbours of a quad, in one row, that a step of the convolution multiplies: 4, 2 or 1."""
+        """Neighbours of a quad, in one row, that a step of the convolution multiplies, or taps: 4, 2 or 1."""
         return max(1, min(4, STEP_CHANNELS // self.conv_slab))
 
-    def quad_window(self, out_height: int, out_width: int) -> tuple[int, int]:
-        """Rows and columns of quads that a part convolves: one for each pixel of its output, and one before it."""
-        return min(self.height + 1, out_height), min(self.width + 1, out_width)
+    def row_steps(self, blur: bool) -> int:
+        """Steps of the convolution for the neighbours in one row: four of a quad, three of its first pixel."""
+        return ceil((4 if blur else QUAD_KERNEL_SIZE) / self.step_pixels)
 
-    def window(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of what a part expands, in pixels of the input: its quads and their neighbours."""
-        rows, columns = self.quad_window(ceil(height / 2), ceil(width / 2))
-        return min(2 * rows + 2, height), min(2 * columns + 2, width)
+    def tap_steps(self, kernel_size: int) -> int:
+        """Steps of a convolution whose weights are not matrices of quads."""
+        return ceil(kernel_size**2 / self.step_pixels)
+
+    def quad_window(self, out_height: int, out_width: int, blur: bool) -> tuple[int, int]:
+        """Rows and columns of quads that a part convolves: one for each output pixel and, with a blur, one before."""
+        return min(self.height + blur, out_height), min(self.width + blur, out_width)
+
+    def window(self, height: int, width: int, blur: bool, kernel_size: int) -> tuple[int, int]:
+        """Height and width of what a part expands, in pixels of the input: all neighbours of what it convolves."""
+        rows, columns = self.quad_window(ceil(height / 2), ceil(width / 2), blur)
+        more = kernel_size - 1 if blur else kernel_size - 2
+        return min(2 * rows + more, height), min(2 * columns + more, width)
 
     def blur_channels(self, squeeze_channels: int) -> int:
         """Hidden channels that are blurred together, and multiplied with the squeeze layer."""
@@ -154,11 +171,15 @@ class MBConvDownTile(ProjectTile):
         tiles = ceil(out_height / self.height) * ceil(out_width / self.width)
         return tiles * (self.padded_hidden(hidden_channels) // self.hidden)
 
-    def scratch_elements(self, height: int, width: int) -> tuple[int, int]:
-        """Elements of a program's scratch memory: its window's hidden channels, and those of its quads, convolved."""
-        window_height, window_width = self.window(height, width)
-        rows, columns = self.quad_window(ceil(height / 2), ceil(width / 2))
-        return window_height * window_width * self.hidden, QUAD * rows * columns * self.hidden
+    def scratch_elements(self, height: int, width: int, blur: bool, kernel_size: int) -> tuple[int, int]:
+        """Elements of a program's scratch memory: its window's hidden channels and, for a blur, those of its quads,
+        convolved."""
+        window_height, window_width = self.window(height, width, blur, kernel_size)
+        window_elements = window_height * window_width * self.hidden
+        if not blur:
+            return window_elements, 0
+        rows, columns = self.quad_window(ceil(height / 2), ceil(width / 2), blur)
+        return window_elements, QUAD * rows * columns * self.hidden
 
     def to_ints(self) -> list[int]:
         """The fields in order, for operators and files that take integers only; `MBConvDownTile(*ints)` undoes it."""
@@ -169,21 +190,30 @@ def why_unsupported(shape: MBConvDownShape) -> str | None:
     """Why no tile runs this block, and what to do instead; None if some tile may."""
     if shape.dtype not in KERNEL_DTYPES:
         return f"dtype {shape.dtype} is not supported, use one of {', '.join(KERNEL_DTYPES)}"
-    if shape.kernel_size != 3:
-        return f"kernel size {shape.kernel_size} is not supported, use 3"
     for name in ("in_channels", "out_channels"):
         if getattr(shape, name) % CHANNEL_MULTIPLE:
             return f"{name}={getattr(shape, name)} is not supported, use a multiple of {CHANNEL_MULTIPLE}"
     return (
-        why_group_unsupported(shape.group_width)
-        or why_size_unsupported(shape.height, shape.width)
+        why_kernel_unsupported(shape.kernel_size, shape.blur)
+        or why_group_unsupported(shape.group_width)
+        or why_size_unsupported(shape.height, shape.width, shape.blur)
         or _why_too_large(shape)
     )
 
 
-def why_size_unsupported(height: int, width: int) -> str | None:
-    """Why images of this size cannot be blurred; None if they can."""
-    if min(height, width) < LEAST_SIZE:
+def why_kernel_unsupported(kernel_size: int, blur: bool) -> str | None:
+    """Why no tile runs convolutions of this size, followed by a blur-pool or of stride 2; None if some tile may."""
+    if blur and kernel_size != QUAD_KERNEL_SIZE:
+        return (
+            f"kernel size {kernel_size} with a blur-pool is not supported, use {QUAD_KERNEL_SIZE}, or let the "
+            "convolution have stride 2"
+        )
+    return why_kernel_size_unsupported(kernel_size)
+
+
+def why_size_unsupported(height: int, width: int, blur: bool) -> str | None:
+    """Why images of this size cannot be blurred; None if they can, or need not be."""
+    if blur and min(height, width) < LEAST_SIZE:
         return (
             f"images of {height}x{width} pixels are too small: a blur-pool reflects its input, use {LEAST_SIZE}x"
             f"{LEAST_SIZE} pixels at least"
@@ -258,7 +288,7 @@ def tensor_memory_columns(tile: MBConvDownTile, shape: MBConvDownShape, processo
     if not uses_tensor_memory(processor):
         return 0
     expand = ceil(tile.window_pixels / TENSOR_MEMORY_LANES) * tile.hidden
-    conv = ceil(tile.quads / TENSOR_MEMORY_LANES) * QUAD * tile.conv_slab
+    conv = ceil(tile.quads / TENSOR_MEMORY_LANES) * _sums(tile, shape)
     return max(expand + conv, project_columns(tile, projected_shape(shape)))
 
 
@@ -287,11 +317,12 @@ def projected_shape(shape: MBConvDownShape) -> MBConvShape:
         activation=shape.activation,
         residual=False,
         dtype=shape.dtype,
+        squeeze_activation=shape.squeeze_activation,
     )
 
 
 def images_that_fit(tile: MBConvDownTile, shape: MBConvDownShape, processor: Processor) -> int:
-    """Images of a micro-batch whose blurred hidden tensor stays in L2, one at least.
+    """Images of a micro-batch whose hidden tensor stays in L2, one at least.
 
     A batch is divided into micro-batches of nearly equal size.
     """
@@ -303,7 +334,7 @@ def images_that_fit(tile: MBConvDownTile, shape: MBConvDownShape, processor: Pro
 
 def programs_that_fit(tile: MBConvDownTile, shape: MBConvDownShape, processor: Processor) -> int:
     """Programs of the first kernel that fill a GPU's processors, or fewer, whose scratch memory stays in L2."""
-    scratch = ELEMENT_SIZE[shape.dtype] * sum(tile.scratch_elements(shape.height, shape.width))
+    scratch = ELEMENT_SIZE[shape.dtype] * sum(_scratch_elements(tile, shape))
     fitting = max(1, int(SCRATCH_SHARE * processor.global_memory_bytes / scratch))
     return min(fitting, processor.processors * _produce_occupancy(tile, shape, processor))
 
@@ -405,13 +436,14 @@ def _project_halves(shape: MBConvDownShape, processor: Processor) -> Iterator[MB
 
 def _covering(shape: MBConvDownShape, pixels: int) -> tuple[int, int]:
     """Height and width, powers of two, of the tiles of at most so many pixels that convolve and expand fewest."""
+    more, convolved = (shape.kernel_size - 1, QUAD) if shape.blur else (shape.kernel_size - 2, 1)
 
     def computed(size: tuple[int, int]) -> tuple[int, int]:
         height, width = size
         tiles = ceil(shape.out_height / height) * ceil(shape.out_width / width)
-        rows, columns = min(height + 1, shape.out_height), min(width + 1, shape.out_width)
-        window = min(2 * rows + 2, shape.height) * min(2 * columns + 2, shape.width)
-        return tiles * (window + QUAD * rows * columns), abs(width - height)
+        rows, columns = min(height + shape.blur, shape.out_height), min(width + shape.blur, shape.out_width)
+        window = min(2 * rows + more, shape.height) * min(2 * columns + more, shape.width)
+        return tiles * (window + convolved * rows * columns), abs(width - height)
 
     most = 1 << (shape.out_height - 1).bit_length() + (shape.out_width - 1).bit_length()
     pixels = min(pixels, most)
@@ -420,28 +452,44 @@ def _covering(shape: MBConvDownShape, pixels: int) -> tuple[int, int]:
 
 def _quads(tile: MBConvDownTile, shape: MBConvDownShape) -> int:
     """Quads that a part convolves."""
-    rows, columns = tile.quad_window(shape.out_height, shape.out_width)
+    rows, columns = tile.quad_window(shape.out_height, shape.out_width, shape.blur)
     return rows * columns
 
 
+def _scratch_elements(tile: MBConvDownTile, shape: MBConvDownShape) -> tuple[int, int]:
+    """Of the window and of the quads of a program of the first kernel."""
+    return tile.scratch_elements(shape.height, shape.width, shape.blur, shape.kernel_size)
+
+
+def _conv_steps(tile: MBConvDownTile, shape: MBConvDownShape) -> int:
+    """Steps of the convolution of `tile.quads` quads and a slab."""
+    if shape.kernel_size != QUAD_KERNEL_SIZE:
+        return tile.tap_steps(shape.kernel_size)
+    return (4 if shape.blur else QUAD_KERNEL_SIZE) * tile.row_steps(shape.blur)
+
+
+def _sums(tile: MBConvDownTile, shape: MBConvDownShape) -> int:
+    """Sums of the convolution for each quad."""
+    return (QUAD if shape.blur else 1) * tile.conv_slab
+
+
 def _produce_us(tile: MBConvDownTile, shape: MBConvDownShape, processor: Processor, images: int) -> float:
-    window, convolved = tile.scratch_elements(shape.height, shape.width)
+    window, convolved = _scratch_elements(tile, shape)
     rounds = ceil(window / (tile.hidden * tile.window_pixels))
-    chunks = ceil(_quads(tile, shape) / tile.quads)
-    slabs, slab = tile.hidden // tile.conv_slab, tile.conv_slab
-    ins, depth = tile.padded_in(shape.in_channels), NEIGHBOURS * tile.conv_slab
+    slabs, chunks = tile.hidden // tile.conv_slab, ceil(_quads(tile, shape) / tile.quads)
+    steps = _conv_steps(tile, shape)
+    ins, depth = tile.padded_in(shape.in_channels), steps * tile.step_pixels * tile.conv_slab
     expand_ops = 2 * tile.hidden * rounds * tile.window_pixels * ins
-    conv_ops = 2 * slabs * chunks * tile.quads * depth * QUAD * slab
+    conv_ops = 2 * slabs * chunks * tile.quads * depth * _sums(tile, shape)
     work_us = (EXPAND_COST * expand_ops + CONV_COST * conv_ops) / processor.peak_ops * 1e6
     expanded = rounds * ins * (tile.window_pixels + tile.hidden) + window
-    views = slabs * chunks * depth * (tile.quads + QUAD * slab) + convolved
+    views = slabs * chunks * depth * (tile.quads + _sums(tile, shape)) + convolved
     blurred = BLUR_VIEWS * convolved + tile.height * tile.width * tile.hidden
     scratch_bytes = ELEMENT_SIZE[shape.dtype] * (expanded + views + blurred)
     bytes_us = BYTES_COST * scratch_bytes / processor.global_bandwidth * 1e6
-    conv_steps = slabs * chunks * NEIGHBOURS // tile.step_pixels
     squeeze = shape.squeeze_channels
     blur_steps = tile.height * tile.width * tile.hidden / (tile.blur_pixels(squeeze) * tile.blur_channels(squeeze))
-    steps_us = STEP_US * (rounds * ins // tile.channels + conv_steps + blur_steps)
+    steps_us = STEP_US * (rounds * ins // tile.channels + slabs * chunks * steps + blur_steps * shape.blur)
     parts = images * tile.parts(shape.out_height, shape.out_width, shape.hidden_channels)
     registers = _produce_registers(tile, shape)
     held = min(tile.programs / processor.processors, _produce_occupancy(tile, shape, processor))
@@ -454,7 +502,7 @@ def _produce_occupancy(tile: MBConvDownTile, shape: MBConvDownShape, processor: 
 
 
 def _produce_bytes(tile: MBConvDownTile, shape: MBConvDownShape) -> int:
-    sums = QUAD * tile.conv_slab
+    sums = _sums(tile, shape)
     expand = tile.stages * tile.channels * (tile.window_pixels + tile.hidden)
     conv = tile.stages * tile.step_pixels * tile.conv_slab * (tile.quads + sums)
     # A tile of hidden channels changes its layout on the way to global memory, through shared memory.
@@ -464,9 +512,12 @@ def _produce_bytes(tile: MBConvDownTile, shape: MBConvDownShape) -> int:
 
 def _produce_registers(tile: MBConvDownTile, shape: MBConvDownShape) -> float:
     expand = REGISTERS_PER_SUM * tile.window_pixels * tile.hidden
-    conv = REGISTERS_PER_SUM * tile.quads * QUAD * tile.conv_slab
-    blur_channels = tile.blur_channels(shape.squeeze_channels)
-    # Loads of two rows in flight, their sum, and the weights of the squeeze layer.
-    blur = 4 * tile.blur_pixels(shape.squeeze_channels) * blur_channels
-    squeeze = 1.5 * blur_channels * tile.padded_squeeze(shape.squeeze_channels)
+    conv = REGISTERS_PER_SUM * tile.quads * _sums(tile, shape)
+    if not shape.blur:
+        conv += REGISTERS_PER_VIEW * tile.quads * tile.step_pixels * tile.conv_slab
+    # Channels that are pooled together: beside them, the weights of the squeeze layer.
+    pooled = tile.blur_channels(shape.squeeze_channels) if shape.blur else tile.conv_slab
+    # Loads of two rows in flight, and their sum.
+    blur = 4 * tile.blur_pixels(shape.squeeze_channels) * pooled if shape.blur else 0
+    squeeze = 1.5 * pooled * tile.padded_squeeze(shape.squeeze_channels)
     return max(expand, conv, blur, squeeze) / (tile.warps * WARP_SIZE) + 40

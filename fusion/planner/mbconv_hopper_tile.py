@@ -17,6 +17,7 @@ from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_REGISTERS
 
 COMPUTE_CAPABILITY = (9, 0)
 GROUP_WIDTH = 8
+ACTIVATIONS = ("relu", "silu")
 WARPS = 8
 SWEEP = 16 * WARPS
 """Hidden channels that are computed together: two groups of each warp."""
@@ -281,6 +282,8 @@ def why_unsupported(shape: MBConvShape) -> str | None:
     """Why no tile runs this block on any processor, and what to do instead; None if some tile may."""
     if shape.dtype not in KERNEL_DTYPES:
         return f"dtype {shape.dtype} is not supported, use one of {', '.join(KERNEL_DTYPES)}"
+    if shape.activation not in ACTIVATIONS:
+        return f"activation {shape.activation} is not supported, use {' or '.join(ACTIVATIONS)}"
     if (shape.kernel_size, shape.group_width) != (3, GROUP_WIDTH):
         return (
             f"kernel size {shape.kernel_size} with group width {shape.group_width} is not supported, use 3 and "

@@ -45,7 +45,10 @@ MAX_WINDOW_PIXELS = 128
 """Of the window that are expanded together."""
 WORKSPACE_SHARE = 0.5
 """Of the L2 cache that a micro-batch may fill with its hidden tensor: weights, input and output need room too."""
-TAPS = 9
+MAX_EXPAND_SUMS = 64
+"""Of the expansion that a thread holds: with twice as many, kernels compiled for compute capability 9.0 spilled."""
+KERNEL_SIZES = (3, 5)
+"""Of the grouped convolution."""
 PRODUCE_FIELDS = 8
 """Of a tile that are the first kernel's; those of the second one follow."""
 BEST_HALVES = 2
@@ -60,7 +63,7 @@ CONV_COST = 0.64
 NARROW_CONV_COST = 4.3
 """The same for slabs of 16 channels."""
 VIEW_COST = 1.4
-"""Time of the nine views of the window over that of their bytes at the L2 cache's bandwidth."""
+"""Time of the views of the window, one for each tap, over that of their bytes at the L2 cache's bandwidth."""
 STEP_US = 0.27
 """One dependent step of the first kernel: barrier, product, and the wait for its operands."""
 
@@ -106,9 +109,9 @@ class MBConvTile(ProjectTile):
         """Pixels of the window that are expanded together."""
         return min(self.pixels, MAX_WINDOW_PIXELS)
 
-    def window(self, height: int, width: int) -> tuple[int, int]:
+    def window(self, height: int, width: int, kernel_size: int) -> tuple[int, int]:
         """Height and width of what a program of the first kernel expands: its pixels and their neighbours."""
-        return min(self.height + 2, height), min(self.width + 2, width)
+        return min(self.height + kernel_size - 1, height), min(self.width + kernel_size - 1, width)
 
     def padded_in(self, in_channels: int) -> int:
         """Input channels that are multiplied: whole steps of the loop, and at least `MIN_HIDDEN_STEPS`."""
@@ -128,12 +131,21 @@ def why_unsupported(shape: MBConvShape) -> str | None:
     """Why no tile runs this block, and what to do instead; None if some tile may."""
     if shape.dtype not in KERNEL_DTYPES:
         return f"dtype {shape.dtype} is not supported, use one of {', '.join(KERNEL_DTYPES)}"
-    if shape.kernel_size != 3:
-        return f"kernel size {shape.kernel_size} is not supported, use 3"
     for name in ("in_channels", "out_channels"):
         if getattr(shape, name) % CHANNEL_MULTIPLE:
             return f"{name}={getattr(shape, name)} is not supported, use a multiple of {CHANNEL_MULTIPLE}"
-    return why_group_unsupported(shape.group_width) or why_too_large(shape)
+    return (
+        why_kernel_size_unsupported(shape.kernel_size)
+        or why_group_unsupported(shape.group_width)
+        or why_too_large(shape)
+    )
+
+
+def why_kernel_size_unsupported(kernel_size: int) -> str | None:
+    """Why no tile runs convolutions of this size; None if some tile may."""
+    if kernel_size not in KERNEL_SIZES:
+        return f"kernel size {kernel_size} is not supported, use {' or '.join(map(str, KERNEL_SIZES))}"
+    return None
 
 
 def why_group_unsupported(group_width: int) -> str | None:
@@ -199,6 +211,9 @@ def why_invalid(tile: MBConvTile, shape: MBConvShape, processor: Processor) -> s
     columns = tensor_memory_columns(tile, shape, processor)
     if columns > TENSOR_MEMORY_COLUMNS:
         return f"about {columns} columns of tensor memory are more than there are, {TENSOR_MEMORY_COLUMNS}"
+    sums = tile.window_pixels * tile.hidden // (tile.warps * WARP_SIZE)
+    if sums > MAX_EXPAND_SUMS:
+        return f"{sums} sums of the expansion a thread would spill, {MAX_EXPAND_SUMS} do not"
     registers = estimated_registers(tile, shape)
     if registers > SPILL_ALLOWANCE * MAX_REGISTERS:
         return f"about {registers:.0f} registers a thread would spill, {MAX_REGISTERS} are available"
@@ -252,7 +267,7 @@ def images_that_fit(tile: MBConvTile, shape: MBConvShape, processor: Processor) 
 
 def workspace_elements(tile: MBConvTile, shape: MBConvShape) -> tuple[int, int]:
     """Elements of the hidden tensor and of the scratch memory, for an image."""
-    window_height, window_width = tile.window(shape.height, shape.width)
+    window_height, window_width = tile.window(shape.height, shape.width, shape.kernel_size)
     hidden = tile.padded_hidden(shape.hidden_channels)
     parts = tile.parts(shape.height, shape.width, shape.hidden_channels)
     return shape.height * shape.width * hidden, parts * window_height * window_width * tile.hidden
@@ -329,7 +344,8 @@ def _covering(shape: MBConvShape, pixels: int) -> tuple[int, int]:
     def expanded(size: tuple[int, int]) -> tuple[int, int]:
         height, width = size
         tiles = ceil(shape.height / height) * ceil(shape.width / width)
-        window = min(height + 2, shape.height) * min(width + 2, shape.width)
+        more = shape.kernel_size - 1
+        window = min(height + more, shape.height) * min(width + more, shape.width)
         return tiles * (window + height * width), abs(width - height)
 
     least = min(pixels, 1 << max(0, (shape.height - 1).bit_length() + (shape.width - 1).bit_length()))
@@ -338,16 +354,16 @@ def _covering(shape: MBConvShape, pixels: int) -> tuple[int, int]:
 
 
 def _produce_us(tile: MBConvTile, shape: MBConvShape, processor: Processor, images: int, occupancy: int) -> float:
-    window_height, window_width = tile.window(shape.height, shape.width)
+    window_height, window_width = tile.window(shape.height, shape.width, shape.kernel_size)
     rounds = ceil(window_height * window_width / tile.window_pixels)
-    ins = tile.padded_in(shape.in_channels)
+    ins, taps = tile.padded_in(shape.in_channels), shape.kernel_size**2
     expand_ops = 2 * tile.hidden * rounds * tile.window_pixels * ins
-    conv_ops = 2 * tile.hidden * TAPS * tile.pixels * tile.conv_slab
+    conv_ops = 2 * tile.hidden * taps * tile.pixels * tile.conv_slab
     conv_cost = NARROW_CONV_COST if tile.conv_slab == NARROWEST else CONV_COST
     work_us = (EXPAND_COST * expand_ops + conv_cost * conv_ops) / processor.peak_ops * 1e6
-    view_bytes = ELEMENT_SIZE[shape.dtype] * TAPS * tile.pixels * tile.hidden
+    view_bytes = ELEMENT_SIZE[shape.dtype] * taps * tile.pixels * tile.hidden
     views_us = VIEW_COST * view_bytes / processor.global_bandwidth * 1e6
-    steps_us = STEP_US * (rounds * ins // tile.channels + TAPS * tile.hidden // tile.conv_slab)
+    steps_us = STEP_US * (rounds * ins // tile.channels + taps * tile.hidden // tile.conv_slab)
     programs = images * tile.parts(shape.height, shape.width, shape.hidden_channels)
     registers = _produce_registers(tile, shape)
     return launch_us(processor, programs, work_us, views_us, steps_us, registers, occupancy)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from fusion.planner.families import KernelFamily, Tile, families_of, family_named, family_of
-from fusion.planner.graph import BlockGraph
+from fusion.planner.graph import ACTIVATION_KINDS, BlockGraph
 from fusion.planner.lower import layerwise
 from fusion.planner.match import (
     BlockShape,
@@ -112,18 +112,25 @@ class Plan:
         return self.describe()
 
 
-def ranked_tiles(shape: BlockShape, processor: Processor, kernel: str | None = None) -> dict[KernelFamily, list[Tile]]:
+def ranked_tiles(
+    shape: BlockShape, processor: Processor, kernel: str | None = None, portable: bool = False
+) -> dict[KernelFamily, list[Tile]]:
     """The kernels that run a block, in order of preference, and all their valid tiles, the best prediction first.
 
-    `kernel` leaves only the kernel family of that name. Raises PlanError if nothing is left, and ValueError for an
-    unknown name.
+    `kernel` leaves only the kernel family of that name, `portable` only portable ones. Raises PlanError if nothing is
+    left, and ValueError for an unknown name.
     """
     families = families_of(shape)
-    if kernel is not None:
-        families = tuple(family for family in families if family is family_named(kernel))
+    if portable:
+        families = tuple(family for family in families if family.is_portable)
         if not families:
-            supported = " or ".join(repr(family.name) for family in families_of(shape))
+            raise PlanError(f"no portable kernel runs {shape}; run the block layer by layer, or leave out portable")
+    if kernel is not None:
+        named = tuple(family for family in families if family is family_named(kernel))
+        if not named:
+            supported = " or ".join(repr(family.name) for family in families)
             raise PlanError(f"kernel {kernel!r} does not run {shape}; use {supported}")
+        families = named
     ranked = {family: family.ranked_tiles(shape, processor) for family in families}
     ranked = {family: tiles for family, tiles in ranked.items() if tiles}
     if not ranked:
@@ -147,11 +154,12 @@ def block_shape(graph: BlockGraph) -> BlockShape:
     if shape is None:
         raise PlanError(
             f"no fused kernel runs the block {graph.name!r} ({', '.join(op.name for op in graph.ops)}); supported is "
-            "ConvFirst: a grouped 3x3 convolution, with stride 2 concatenated to its input and blur-pooled, expand, "
-            "ReLU or SiLU, project; FFN: expand, ReLU, "
-            "project; MBConv: expand, ReLU or SiLU, a grouped 3x3 convolution, the same activation, with stride 2 "
-            "a blur-pool, squeeze-and-excitation, project; a stem: a dense 3x3 convolution of stride 2, maybe ReLU or "
-            "SiLU; and a head: a 1x1 convolution, maybe ReLU or SiLU, global average pool; run it layer by layer"
+            "ConvFirst: a grouped 3x3 convolution of stride 1 or 2, or of stride 1, concatenated to its input and "
+            "blur-pooled, expand, an activation, project; FFN: expand, ReLU, project; "
+            "MBConv: expand, an activation, a grouped 3x3 or 5x5 convolution of stride 1 or 2, the same activation, "
+            "maybe, after a 3x3 one of stride 1, a blur-pool, squeeze-and-excitation with ReLU or SiLU, project; a "
+            "stem: a dense 3x3 convolution of stride 2, maybe an activation; and a head: a 1x1 convolution, maybe an "
+            f"activation, global average pool; with activations {', '.join(ACTIVATION_KINDS)}; run it layer by layer"
         )
     reasons = [family.why_unsupported(shape) for family in families_of(shape)]
     if all(reasons):
@@ -165,12 +173,13 @@ def plan_block(
     tile: Tile | None = None,
     *,
     kernel: str | None = None,
+    portable: bool = False,
 ) -> Plan:
     """Choose program, kernel and tile for a block on a processor, from shapes alone.
 
     `tile` overrides the planner's choice, of the kernel too; `kernel` names the kernel family that it chooses a tile
-    of. Raises PlanError when no fused kernel runs the block or the given tile is not valid for it, and ValueError for
-    an unknown processor or kernel.
+    of, and with `portable` that is a portable one (`KernelFamily.is_portable`). Raises PlanError when no fused kernel
+    runs the block or the given tile is not valid for it, and ValueError for an unknown processor or kernel.
     """
     processor = get_processor(processor)
     shape = block_shape(graph)
@@ -183,7 +192,7 @@ def plan_block(
             raise PlanError(f"{tile!r} cannot run {shape}: {invalid}; leave the tile to the planner or change it")
         why = "the tile was given"
     else:
-        tile, why, others = _choice(shape, processor, kernel)
+        tile, why, others = _choice(shape, processor, kernel, portable)
         rejected += others
     family = family_of(tile)
     program = family.lower(graph, tile, shape)
@@ -191,12 +200,14 @@ def plan_block(
 
 
 @cache
-def _choice(shape: BlockShape, processor: Processor, kernel: str | None) -> tuple[Tile, str, tuple[Rejection, ...]]:
+def _choice(
+    shape: BlockShape, processor: Processor, kernel: str | None, portable: bool
+) -> tuple[Tile, str, tuple[Rejection, ...]]:
     """The tile with the lowest predicted time, why, and what was not chosen.
 
     Remembered, as it takes thousands of predictions, and the blocks of a network are few that differ.
     """
-    ranked = ranked_tiles(shape, processor, kernel)
+    ranked = ranked_tiles(shape, processor, kernel, portable)
     family = _preferred(ranked, shape, processor)
     tile, *slower = ranked.pop(family)
     why = f"lowest predicted time of {1 + len(slower)} valid tiles of the {family.title}"
@@ -204,6 +215,9 @@ def _choice(shape: BlockShape, processor: Processor, kernel: str | None) -> tupl
     rejected += [
         Rejection(other.title, f"{_prediction(best, shape, processor)} at best") for other, (best, *_) in ranked.items()
     ]
+    if portable:
+        opaque = [other for other in families_of(shape) if not other.is_portable]
+        rejected += [Rejection(other.title, "it is not portable, as was asked for") for other in opaque]
     return tile, why, tuple(rejected)
 
 

@@ -91,7 +91,7 @@ class ConvFirstTile:
         return max(MIN_HIDDEN_STEPS, ceil(hidden_channels / self.hidden)) * self.hidden
 
     def programs(self, batch: int, height: int, width: int) -> int:
-        """Number of tiles that cover the output."""
+        """Number of tiles that cover an output of `height x width` pixels."""
         return batch * ceil(height / self.height) * ceil(width / self.width)
 
     def to_ints(self) -> list[int]:
@@ -204,11 +204,12 @@ def predicted_us(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processo
 
     A fixed cost, the matrix products as the kernel pads them, the nine views of the input out of global memory, and
     the latency of the dependent steps of one program after the other, constants fitted to measurements. Few programs
-    leave processors idle, few warps leave tensor cores of a processor idle, and registers that spill slow all of it.
+    leave processors idle, few warps leave tensor cores of a processor idle, and registers that spill slow all of it. It
+    takes at least as long as the activations through DRAM, which a convolution of stride 2 has more of than views.
     """
     in_slabs, out_slabs = tile.in_slabs(shape.in_channels), tile.out_slabs(shape.out_channels)
     hidden = tile.padded_hidden(shape.hidden_channels)
-    programs = tile.programs(shape.batch, shape.height, shape.width)
+    programs = tile.programs(shape.batch, shape.out_height, shape.out_width)
     pixels = programs * tile.pixels
     product_ops = 2 * pixels * (9 * sum(slab * slab for slab in in_slabs) + hidden * _padded_in_and_out(tile, shape))
     view_bytes = ELEMENT_SIZE[shape.dtype] * pixels * 9 * sum(in_slabs)
@@ -220,7 +221,8 @@ def predicted_us(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processo
     spill = max(1.0, estimated_registers(tile, shape) / MAX_REGISTERS) ** 0.5
     product_us = PRODUCT_SHARE * product_ops / (busy * processor.peak_ops) * 1e6
     view_us = VIEW_SHARE * view_bytes / processor.global_bandwidth * 1e6
-    return LAUNCH_US + spill * (product_us + view_us + STEP_US * waves * steps)
+    dram_us = shape.activation_bytes / processor.bandwidth * 1e6
+    return LAUNCH_US + max(spill * (product_us + view_us + STEP_US * waves * steps), dram_us)
 
 
 def candidate_tiles(shape: ConvFirstShape, processor: Processor) -> Iterator[ConvFirstTile]:

@@ -6,9 +6,11 @@ matrix instructions of each combination; `--hopper-tile 64,64,2,2,1,64,0` does s
 an MBConv block, `--mbconv-hopper-tile 1,4,32,6` the one for Hopper. `--block mbconv-down:48,4,32` does so for an MBConv
 block of stride 2 with twice as many output as input channels, and so does `--mbconv-down-hopper-tile 32,6,1`.
 `--block convfirst-down:32,6,128` is such a ConvFirst block, `--convfirst-down-tile 256,64,16,8` a tile of its portable
-kernel and `--convfirst-down-hopper-tile 64,32,2,2,1,32,3` one of the kernel for Hopper. `--block stem:3,32,256
-head:128,1280,8` are a network's stem and head, with their output channels in place of the expansion, and
-`--block stem-convfirst:16,3,256` is a stem of 16 channels with the ConvFirst block after it.
+kernel and `--convfirst-down-hopper-tile 64,32,2,2,1,32,3` one of the kernel for Hopper. `--block
+convfirst-strided:64,4,16` is one whose convolution has the stride, without a blur-pool, and `--block
+mbconv-strided:40,6,28` such an MBConv block. `--block stem:3,32,256 head:128,1280,8` are a network's stem and head,
+with their output channels in place of the expansion, and `--block stem-convfirst:16,3,256` is a stem of 16 channels
+with the ConvFirst block after it.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from fusion.planner.blocks import conv, convfirst, ffn, head, mbconv, stem_convfirst
+from fusion.planner.blocks import ACTIVATIONS, conv, convfirst, ffn, head, mbconv, stem_convfirst
 from fusion.planner.families import MBCONV, MBCONV_DOWN, Tile, family_of
 from fusion.planner.graph import BlockGraph
 from fusion.planner.match import BlockShape
@@ -190,26 +192,28 @@ def _stem_convfirst(batch: int, height: int, width: int, channels: int, expansio
 BLOCKS = {
     "convfirst": convfirst,
     "convfirst-down": _down(convfirst),
+    "convfirst-strided": _down(partial(convfirst, blur=False)),
     "ffn": ffn,
     "mbconv": mbconv,
     "mbconv-down": _down(mbconv),
+    "mbconv-strided": _down(partial(mbconv, blur=False)),
     "stem": partial(conv, stride=2, activation="relu"),
     "stem-convfirst": _stem_convfirst,
     "head": head,
 }
 """By type: what makes a graph from batch, height, width, channels and the expansion or the output channels."""
-PLANNED_KERNELS = {"mbconv": MBCONV.name, "mbconv-down": MBCONV_DOWN.name}
+PLANNED_KERNELS = {"mbconv": MBCONV.name, "mbconv-down": MBCONV_DOWN.name, "mbconv-strided": MBCONV_DOWN.name}
 """Kernel families whose tiles are planned, by type of block; those of other blocks are up to the planner."""
 
 
 def _compile_rows(
-    block: Block, dtype: str, capability: tuple[int, int], tile: Tile | None
+    block: Block, capability: tuple[int, int], tile: Tile | None, options: dict[str, str]
 ) -> Iterator[dict[str, object]]:
-    """A row for every kernel of a block. The type of a tile, if given, is that of the block too."""
+    """A row for every kernel of a block. A tile, if given, says of which type the block is, unless it runs its type."""
     name, channels, expansion, size = block
-    if tile is not None:
-        name = RECIPES[family_of(tile).name].block
-    graph = BLOCKS[name](128, size, size, channels, expansion, dtype=dtype)
+    if tile is not None and name not in RECIPES[family_of(tile).name].blocks:
+        name = RECIPES[family_of(tile).name].blocks[0]
+    graph = BLOCKS[name](128, size, size, channels, expansion, **options)
     if tile is None:
         tile = plan_block(graph, PROCESSOR_OF_CAPABILITY[capability], kernel=PLANNED_KERNELS.get(name)).tile
     for kernel, resources in compile_block(block_shape(graph), tile, capability).items():
@@ -275,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--block", type=_block, nargs="+", required=True, metavar="[TYPE:]CHANNELS,EXPANSION,SIZE")
     parser.add_argument("--capability", type=_capability, nargs="+", default=[(9, 0)], metavar="MAJOR.MINOR")
     parser.add_argument("--dtype", choices=TYPES, default="float16")
+    parser.add_argument("--activation", choices=ACTIVATIONS, help="default: that of the paper's block")
     tiles = parser.add_mutually_exclusive_group()
     for recipe in RECIPES.values():
         tiles.add_argument(
@@ -289,10 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for reason in map(RECIPES[family_of(options.tile).name].why_not_on, options.capability):
             if reason:
                 parser.error(f"{reason}, leave --capability out")
+    given = {"dtype": options.dtype, **({"activation": options.activation} if options.activation else {})}
     rows = [
         row
         for block, capability in product(options.block, options.capability)
-        for row in _compile_rows(block, options.dtype, capability, options.tile)
+        for row in _compile_rows(block, capability, options.tile, given)
     ]
     print(json.dumps(rows) if options.json else _table(rows))
 

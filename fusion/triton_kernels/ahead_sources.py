@@ -49,6 +49,7 @@ from fusion.planner.match import (
     MBConvShape,
     StemConvFirstShape,
     StemShape,
+    options_of,
 )
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
 from fusion.planner.mbconv_down_tile import MBConvDownTile
@@ -100,12 +101,12 @@ class Recipe:
     """How the kernels of a family are compiled.
 
     `sources(shape, tile)` are the kernels by name, for blocks that the family supports and tiles for which
-    `why_malformed` gives no reason. On the command line `block` is the type of the family's blocks, `option` takes a
+    `why_malformed` gives no reason. On the command line `blocks` are the types of the family's blocks, `option` takes a
     tile, and `title` is for people.
     """
 
     family: KernelFamily
-    block: str
+    blocks: tuple[str, ...]
     option: str
     title: str
     why_malformed: Callable[[Tile, BlockShape], str | None]
@@ -124,8 +125,7 @@ def _channels(shape: BlockShape) -> tuple[int, int, int]:
 
 
 def _convfirst(shape: ConvFirstShape, tile: ConvFirstTile) -> dict[str, Source]:
-    options = {"activation": shape.activation, "residual": shape.residual, "tile": tile}
-    values = convfirst.constants(*_channels(shape), **options)
+    values = convfirst.constants(*_channels(shape), **options_of(shape), tile=tile)
     return {"convfirst": Source(convfirst.convfirst_kernel, values, tile.warps)}
 
 
@@ -179,15 +179,14 @@ def _ffn_hopper(shape: FfnShape, tile: FfnTile) -> dict[str, Source]:
 
 def _mbconv_hopper(shape: MBConvShape, tile: MBConvHopperTile) -> dict[str, Source]:
     sizes = shape.height, shape.width, *_channels(shape), shape.squeeze_channels
-    options = {"activation": shape.activation, "residual": shape.residual, "tile": tile}
-    spec = mbconv_hopper.constants(*sizes, **options)
+    spec = mbconv_hopper.constants(*sizes, **options_of(shape), tile=tile)
     boxes = mbconv_hopper.descriptor_boxes(spec)
     return {"mbconv_hopper": _image_source(mbconv_hopper.mbconv_hopper_kernel, {"S": spec}, boxes)}
 
 
 def _mbconv_down_hopper(shape: MBConvDownShape, tile: MBConvDownHopperTile) -> dict[str, Source]:
     sizes = shape.height, shape.width, *_channels(shape), shape.squeeze_channels
-    spec = mbconv_down_hopper.constants(*sizes, activation=shape.activation, tile=tile)
+    spec = mbconv_down_hopper.constants(*sizes, **options_of(shape), tile=tile)
     boxes = mbconv_hopper.descriptor_boxes(spec.projected)
     kernel = mbconv_down_hopper.mbconv_down_hopper_kernel
     return {"mbconv_down_hopper": _image_source(kernel, {"D": spec}, boxes)}
@@ -208,9 +207,11 @@ def _mbconv(shape: MBConvShape, tile: MBConvTile, *, ordered: bool = False) -> d
     """`ordered` as in `fusion.triton_kernels.mbconv.launch`."""
     image, options = (shape.height, shape.width), {"ordered": ordered, "tile": tile}
     channels = shape.in_channels, shape.hidden_channels, shape.squeeze_channels
-    produce = mbconv.produce_constants(*image, *channels, activation=shape.activation, **options)
+    conv = {"kernel_size": shape.kernel_size, "activation": shape.activation}
+    produce = mbconv.produce_constants(*image, *channels, **conv, **options)
     channels = shape.hidden_channels, shape.out_channels, shape.squeeze_channels
-    project = mbconv.project_constants(*image, *channels, residual=shape.residual, **options)
+    options |= {"squeeze_activation": shape.squeeze_activation, "residual": shape.residual}
+    project = mbconv.project_constants(*image, *channels, **options)
     return _two_sources(mbconv.produce_kernel, produce, project, tile)
 
 
@@ -218,9 +219,11 @@ def _mbconv_down(shape: MBConvDownShape, tile: MBConvDownTile, *, ordered: bool 
     """`ordered` as in `fusion.triton_kernels.mbconv_down.launch`."""
     options = {"ordered": ordered, "tile": tile}
     sizes = shape.height, shape.width, shape.in_channels, shape.hidden_channels, shape.squeeze_channels
-    produce = mbconv_down.produce_down_constants(*sizes, activation=shape.activation, **options)
+    conv = {"kernel_size": shape.kernel_size, "activation": shape.activation, "blur": shape.blur}
+    produce = mbconv_down.produce_down_constants(*sizes, **conv, **options)
     sizes = shape.out_height, shape.out_width, shape.hidden_channels, shape.out_channels, shape.squeeze_channels
-    project = mbconv.project_constants(*sizes, residual=False, **options)
+    options |= {"squeeze_activation": shape.squeeze_activation, "residual": False}
+    project = mbconv.project_constants(*sizes, **options)
     return _two_sources(mbconv_down.produce_down_kernel, produce, project, tile)
 
 
@@ -271,7 +274,7 @@ RECIPES = {
     for recipe in (
         Recipe(
             PORTABLE,
-            block="convfirst",
+            blocks=("convfirst", "convfirst-strided"),
             option="--tile",
             title="the portable ConvFirst kernel",
             why_malformed=lambda tile, shape: None,
@@ -279,7 +282,7 @@ RECIPES = {
         ),
         Recipe(
             HOPPER,
-            block="convfirst",
+            blocks=("convfirst",),
             option="--hopper-tile",
             title="the ConvFirst kernel for Hopper",
             why_malformed=lambda tile, shape: hopper_tile.why_malformed(tile, shape.hidden_channels),
@@ -288,7 +291,7 @@ RECIPES = {
         ),
         Recipe(
             CONVFIRST_DOWN,
-            block="convfirst-down",
+            blocks=("convfirst-down",),
             option="--convfirst-down-tile",
             title="the portable stride-2 ConvFirst kernel",
             why_malformed=lambda tile, shape: convfirst_down_tile.why_malformed(tile),
@@ -296,7 +299,7 @@ RECIPES = {
         ),
         Recipe(
             CONVFIRST_DOWN_HOPPER,
-            block="convfirst-down",
+            blocks=("convfirst-down",),
             option="--convfirst-down-hopper-tile",
             title="the stride-2 ConvFirst kernel for Hopper",
             why_malformed=lambda tile, shape: convfirst_down_hopper_tile.why_malformed(tile, shape.hidden_channels),
@@ -305,7 +308,7 @@ RECIPES = {
         ),
         Recipe(
             FFN,
-            block="ffn",
+            blocks=("ffn",),
             option="--ffn-tile",
             title="the FFN kernel",
             why_malformed=lambda tile, shape: ffn_tile.why_malformed(tile, shape.hidden_channels),
@@ -314,7 +317,7 @@ RECIPES = {
         ),
         Recipe(
             MBCONV,
-            block="mbconv",
+            blocks=("mbconv",),
             option="--mbconv-tile",
             title="the portable MBConv kernels",
             why_malformed=lambda tile, shape: (
@@ -324,7 +327,7 @@ RECIPES = {
         ),
         Recipe(
             MBCONV_HOPPER,
-            block="mbconv",
+            blocks=("mbconv",),
             option="--mbconv-hopper-tile",
             title="the MBConv kernel for Hopper",
             why_malformed=lambda tile, shape: (
@@ -336,7 +339,7 @@ RECIPES = {
         ),
         Recipe(
             MBCONV_DOWN,
-            block="mbconv-down",
+            blocks=("mbconv-down", "mbconv-strided"),
             option="--mbconv-down-tile",
             title="the portable stride-2 MBConv kernels",
             why_malformed=lambda tile, shape: (
@@ -346,7 +349,7 @@ RECIPES = {
         ),
         Recipe(
             MBCONV_DOWN_HOPPER,
-            block="mbconv-down",
+            blocks=("mbconv-down", "mbconv-strided"),
             option="--mbconv-down-hopper-tile",
             title="the stride-2 MBConv kernel for Hopper",
             why_malformed=lambda tile, shape: mbconv_down_hopper_tile.why_malformed(tile),
@@ -355,7 +358,7 @@ RECIPES = {
         ),
         Recipe(
             STEM,
-            block="stem",
+            blocks=("stem",),
             option="--stem-tile",
             title="the stem kernel",
             why_malformed=lambda tile, shape: stem_tile.why_malformed(tile),
@@ -363,7 +366,7 @@ RECIPES = {
         ),
         Recipe(
             STEM_CONVFIRST_HOPPER,
-            block="stem-convfirst",
+            blocks=("stem-convfirst",),
             option="--stem-convfirst-hopper-tile",
             title="the kernel of a stem and the ConvFirst block after it for Hopper",
             why_malformed=lambda tile, shape: stem_convfirst_hopper_tile.why_malformed(
@@ -374,7 +377,7 @@ RECIPES = {
         ),
         Recipe(
             HEAD,
-            block="head",
+            blocks=("head",),
             option="--head-tile",
             title="the head kernel",
             why_malformed=lambda tile, shape: head_tile.why_malformed(tile),

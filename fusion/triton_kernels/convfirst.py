@@ -3,7 +3,7 @@
 A. Lavin, On the Efficiency of Convolutional Neural Networks, section 5.3. One program computes a tile of
 `TILE_H x TILE_W` output pixels with all their channels. It reads the input through nine shifted views (DRAM sees each
 byte once, L2 serves the overlaps), keeps the convolution's output and the hidden channels in registers, and writes the
-output once.
+output once. The convolution may have stride 2: output pixel (r, c) then looks at rows 2 r - 1 to 2 r + 1 of the input.
 
 Triton tensors have power-of-two widths, so channels are cut into slabs of 16, 32, 64 ... with the last one padded. The
 convolution runs as one matrix product for each slab and kernel tap, with weights that are zero between groups. That
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fusion.planner.tile import ConvFirstTile
+from fusion.triton_kernels.activations import activated
 
 
 @triton.constexpr_function
@@ -51,7 +52,7 @@ def grouped_conv(
     SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """3x3 convolution, zero padding 1, of channels `START : START + SLAB` at the tile's pixels: [PIXELS, SLAB]."""
+    """3x3 convolution, zero padding 1, of channels `START : START + SLAB`, centred on these pixels: [PIXELS, SLAB]."""
     c = START + tl.arange(0, SLAB)
     pixels = image + ((row * W + column) * C)[:, None] + c[None, :]  # [PIXELS, SLAB]
     y = tl.zeros((PIXELS, SLAB), dtype=tl.float32)
@@ -95,12 +96,13 @@ def convfirst_kernel(
     expand_bias_ptr,  # [HIDDEN], fp32
     project_ptr,  # [HIDDEN, sum(OUT_SLABS)]
     project_bias_ptr,  # [sum(OUT_SLABS)], fp32
-    out_ptr,  # [N, H, W, K]
+    out_ptr,  # [N, ceil(H / STRIDE), ceil(W / STRIDE), K]
     H,
     W,
     C: tl.constexpr,
     HIDDEN: tl.constexpr,
     K: tl.constexpr,
+    STRIDE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     IN_SLABS: tl.constexpr,
@@ -115,21 +117,34 @@ def convfirst_kernel(
     K_PADDED: tl.constexpr = slab_start(OUT_SLABS, len(OUT_SLABS))
     dtype = x_ptr.dtype.element_ty
 
-    tiles_w = tl.cdiv(W, TILE_W)
-    tiles = tl.cdiv(H, TILE_H) * tiles_w
+    tl.static_assert(STRIDE == 1 or not RESIDUAL, "a residual needs stride 1")
+    out_h = tl.cdiv(H, STRIDE)
+    out_w = tl.cdiv(W, STRIDE)
+    tiles_w = tl.cdiv(out_w, TILE_W)
+    tiles = tl.cdiv(out_h, TILE_H) * tiles_w
     n = (tl.program_id(0) // tiles).to(tl.int64)  # a batch may hold more than 2**31 elements, an image may not
     tile = tl.program_id(0) % tiles
     pixel = tl.arange(0, PIXELS)
-    row = tile // tiles_w * TILE_H + pixel // TILE_W  # [PIXELS]
+    row = tile // tiles_w * TILE_H + pixel // TILE_W  # of the output, [PIXELS]
     column = tile % tiles_w * TILE_W + pixel % TILE_W  # [PIXELS]
-    inside = (row < H) & (column < W)
+    inside = (row < out_h) & (column < out_w)
     image = x_ptr + n * H * W * C
 
     ys = ()  # [PIXELS, slab] each
     for i in tl.static_range(len(IN_SLABS)):
         weights = conv_ptr + slab_weights(IN_SLABS, i)
         y = grouped_conv(
-            image, weights, row, column, H, W, C, PIXELS, slab_start(IN_SLABS, i), IN_SLABS[i], CONV_STAGES
+            image,
+            weights,
+            STRIDE * row,
+            STRIDE * column,
+            H,
+            W,
+            C,
+            PIXELS,
+            slab_start(IN_SLABS, i),
+            IN_SLABS[i],
+            CONV_STAGES,
         )
         ys = ys + (y.to(dtype),)
 
@@ -145,32 +160,36 @@ def convfirst_kernel(
             u = load_matrix(expand_ptr, slab_start(IN_SLABS, i), r, IN_SLABS[i], TILE_HIDDEN, HIDDEN)
             h = tl.dot(ys[i], u, h)
         h += tl.load(expand_bias_ptr + r + tl.arange(0, TILE_HIDDEN))[None, :]
-        if ACTIVATION == "relu":
-            h = tl.maximum(h, 0.0)
-        else:
-            h = h * tl.sigmoid(h)
-        h = h.to(dtype)  # [PIXELS, TILE_HIDDEN]: the next product takes it from registers
+        h = activated(h, ACTIVATION).to(dtype)  # [PIXELS, TILE_HIDDEN]: the next product takes it from registers
         sums = ()
         for i in tl.static_range(len(OUT_SLABS)):
             v = load_matrix(project_ptr, r, slab_start(OUT_SLABS, i), TILE_HIDDEN, OUT_SLABS[i], K_PADDED)
             sums = sums + (tl.dot(h, v, zs[i]),)
         zs = sums
 
-    out = out_ptr + n * H * W * K
+    out = out_ptr + n * out_h * out_w * K
     for i in tl.static_range(len(OUT_SLABS)):
         k = slab_start(OUT_SLABS, i) + tl.arange(0, OUT_SLABS[i])
-        pixels = out + ((row * W + column) * K)[:, None] + k[None, :]
+        pixels = out + ((row * out_w + column) * K)[:, None] + k[None, :]
         tl.store(pixels, zs[i].to(dtype), mask=inside[:, None] & (k < K)[None, :])
 
 
 def constants(
-    in_channels: int, hidden_channels: int, out_channels: int, *, activation: str, residual: bool, tile: ConvFirstTile
+    in_channels: int,
+    hidden_channels: int,
+    out_channels: int,
+    *,
+    activation: str,
+    residual: bool,
+    stride: int,
+    tile: ConvFirstTile,
 ) -> dict[str, object]:
     """Compile-time arguments of the kernel, by name, for a block with these channels and this tile."""
     return {
         "C": in_channels,
         "HIDDEN": tile.padded_hidden(hidden_channels),
         "K": out_channels,
+        "STRIDE": stride,
         "RESIDUAL": residual,
         "ACTIVATION": activation,
         "IN_SLABS": tile.in_slabs(in_channels),
@@ -194,16 +213,19 @@ def launch(
     *,
     activation: str,
     residual: bool,
+    stride: int,
     tile: ConvFirstTile,
     kernel=convfirst_kernel,
 ) -> None:
-    """Run the kernel on `x` `[N, C, H, W]` into `out` `[N, K, H, W]`, both channels_last, on the current device.
+    """Run the kernel on `x` `[N, C, H, W]` into `out` `[N, K, ceil(H / stride), ceil(W / stride)]`, both channels_last.
 
-    Weights are packed for `tile` (`fusion.weights.PackedConvFirst`). Nothing is checked here. `kernel` may be a wrapped
-    `convfirst_kernel`, for tracing.
+    On the current device. Weights are packed for `tile` (`fusion.weights.PackedConvFirst`). Nothing is checked here.
+    `kernel` may be a wrapped `convfirst_kernel`, for tracing.
     """
-    batch, in_channels, height, width = x.shape
-    kernel[(tile.programs(batch, height, width),)](
+    in_channels, height, width = x.shape[1:]
+    batch, out_channels, out_height, out_width = out.shape
+    options = {"activation": activation, "residual": residual, "stride": stride, "tile": tile}
+    kernel[(tile.programs(batch, out_height, out_width),)](
         x,
         conv,
         expand,
@@ -213,6 +235,6 @@ def launch(
         out,
         height,
         width,
-        **constants(in_channels, expand.shape[1], out.shape[1], activation=activation, residual=residual, tile=tile),
+        **constants(in_channels, expand.shape[1], out_channels, **options),
         num_warps=tile.warps,
     )

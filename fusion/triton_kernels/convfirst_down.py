@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fusion.planner.convfirst_down_tile import BORDERS, TAPS, ConvFirstDownTile
+from fusion.triton_kernels.activations import activated
 from fusion.triton_kernels.convfirst import load_matrix, output_start, slab_start
 
 _BORDERS = tl.constexpr(BORDERS)
@@ -177,11 +178,7 @@ def convfirst_down_kernel(
             u = load_matrix(expand_ptr, 2 * slab_start(IN_SLABS, i), r, 2 * IN_SLABS[i], TILE_HIDDEN, HIDDEN)
             h = tl.dot(ys[i], u, h)
         h += tl.load(expand_bias_ptr + r + tl.arange(0, TILE_HIDDEN))[None, :]
-        if ACTIVATION == "relu":
-            h = tl.maximum(h, 0.0)
-        else:
-            h = h * tl.sigmoid(h)
-        h = h.to(dtype)  # [PIXELS, TILE_HIDDEN]: the next product takes it from registers
+        h = activated(h, ACTIVATION).to(dtype)  # [PIXELS, TILE_HIDDEN]: the next product takes it from registers
         sums = ()
         for i in tl.static_range(len(OUT_SLABS)):
             v = load_matrix(project_ptr, r, slab_start(OUT_SLABS, i), TILE_HIDDEN, OUT_SLABS[i], K_PADDED)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fusion.planner.head_tile import HeadTile
+from fusion.triton_kernels.activations import activated
 from fusion.triton_kernels.native import silu_of_double
 
 
@@ -69,9 +70,7 @@ def head_kernel(
         if ACTIVATION == "silu":
             h = silu_of_double(h * 0.5 + bias[:, None])
         else:
-            h += bias[:, None]
-            if ACTIVATION == "relu":
-                h = tl.maximum(h, 0.0)
+            h = activated(h + bias[:, None], ACTIVATION)
         if PARTIAL:
             h = tl.where((pixel < PIXELS)[None, :], h, 0.0)
         pool += tl.sum(h, axis=1)

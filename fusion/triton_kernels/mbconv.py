@@ -6,8 +6,9 @@ images at a time, and the next one reuses their workspace, which so stays in L2:
 
 - `produce_kernel`: a program computes the hidden tensor `y` for a tile of `TILE_H x TILE_W` pixels and `HIDDEN`
   channels. It expands the *window*, the tile and its neighbours within the image, into a piece of `scratch` of its own,
-  and reads that through nine shifted views. It pools `y`, multiplies the sums by its rows of the squeeze layer and adds
-  the products to the image's squeeze vector by atomic adds, in any order; or, with `ORDERED`, stores them.
+  and reads that through shifted views, one for each of the convolution's taps, nine or 25. It pools `y`, multiplies
+  the sums by its rows of the squeeze layer and adds the products to the image's squeeze vector by atomic adds, in any
+  order; or, with `ORDERED`, stores them.
 - `project_kernel`: a program computes the gates of all channels from the squeeze vector, into a piece of `gates` of its
   own, and projects gated pixels to `sum(OUT_SLABS)` output channels, while it loops over the hidden ones.
 
@@ -23,17 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusion.mbconv_weights import packed_kernel_size
 from fusion.planner.mbconv_tile import MBConvTile
+from fusion.triton_kernels.activations import activated
 from fusion.triton_kernels.convfirst import load_matrix, slab_start
-
-
-@triton.jit
-def activated(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        x = tl.maximum(x, 0.0)
-    else:
-        x = x * tl.sigmoid(x)
-    return x
 
 
 @triton.jit
@@ -83,7 +77,7 @@ def produce_kernel(
     x_ptr,  # [N, H, W, C]
     expand_ptr,  # [C_PADDED, HIDDEN_PADDED]
     expand_bias_ptr,  # [HIDDEN_PADDED], fp32
-    conv_ptr,  # for each slab of CONV_SLAB channels [9, slab in, slab out]
+    conv_ptr,  # for each slab of CONV_SLAB channels [KERNEL_SIZE ** 2, slab in, slab out]
     conv_bias_ptr,  # [HIDDEN_PADDED], fp32
     squeeze_ptr,  # [HIDDEN_PADDED, SQUEEZE]
     scratch_ptr,  # [programs, WINDOW_H * WINDOW_W, HIDDEN]
@@ -96,6 +90,7 @@ def produce_kernel(
     C_PADDED: tl.constexpr,
     HIDDEN_PADDED: tl.constexpr,
     SQUEEZE: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ORDERED: tl.constexpr,
     TILE_H: tl.constexpr,
@@ -110,6 +105,8 @@ def produce_kernel(
 ):
     PIXELS: tl.constexpr = TILE_H * TILE_W
     SLABS: tl.constexpr = HIDDEN_PADDED // HIDDEN
+    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
+    MARGIN: tl.constexpr = KERNEL_SIZE // 2
     dtype = x_ptr.dtype.element_ty
 
     tiles_w = tl.cdiv(W, TILE_W)
@@ -127,8 +124,8 @@ def produce_kernel(
     inside = (row < H) & (column < W)
 
     # The window is as large in every program: at the borders it moves inwards, and nothing outside is expanded.
-    top = tl.minimum(tl.maximum(top - 1, 0), H - WINDOW_H)
-    left = tl.minimum(tl.maximum(left - 1, 0), W - WINDOW_W)
+    top = tl.minimum(tl.maximum(top - MARGIN, 0), H - WINDOW_H)
+    left = tl.minimum(tl.maximum(left - MARGIN, 0), W - WINDOW_W)
     scratch = scratch_ptr + program * (WINDOW_H * WINDOW_W * HIDDEN)
     expand_window(
         x_ptr + (first_image + i) * H * W * C,
@@ -160,11 +157,11 @@ def produce_kernel(
     views = scratch + (((row - top) * WINDOW_W + column - left) * HIDDEN)[:, None] + channel[None, :]
     squeezed = tl.zeros((SQUEEZE,), dtype=tl.float32)
     for slab in tl.range(0, HIDDEN, CONV_SLAB, num_stages=1):
-        weights = conv_ptr + (first + slab) * 9 * CONV_SLAB
+        weights = conv_ptr + (first + slab) * TAPS * CONV_SLAB
         y = tl.zeros((PIXELS, CONV_SLAB), dtype=tl.float32)
-        for tap in tl.range(0, 9, num_stages=STAGES):
-            dy = tap // 3 - 1
-            dx = tap % 3 - 1
+        for tap in tl.range(0, TAPS, num_stages=STAGES):
+            dy = tap // KERNEL_SIZE - MARGIN
+            dx = tap % KERNEL_SIZE - MARGIN
             in_image = (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
             h = tl.load(views + slab + (dy * WINDOW_W + dx) * HIDDEN, mask=in_image[:, None], other=0.0)
             y = tl.dot(h, load_matrix(weights, tap * CONV_SLAB, 0, CONV_SLAB, CONV_SLAB, CONV_SLAB), y)
@@ -198,6 +195,7 @@ def project_kernel(
     K: tl.constexpr,
     HIDDEN_PADDED: tl.constexpr,
     SQUEEZE: tl.constexpr,
+    SQUEEZE_ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ORDERED: tl.constexpr,
     PARTS: tl.constexpr,
@@ -226,7 +224,7 @@ def project_kernel(
             squeezed += tl.load(squeezed_ptr + (n * PARTS + part) * SQUEEZE + s)
     else:
         squeezed = tl.load(squeezed_ptr + n * SQUEEZE + s)
-    squeezed = tl.maximum(squeezed / (H * W) + tl.load(squeeze_bias_ptr + s), 0.0)  # [SQUEEZE]
+    squeezed = activated(squeezed / (H * W) + tl.load(squeeze_bias_ptr + s), SQUEEZE_ACTIVATION)  # [SQUEEZE]
 
     gates = gates_ptr + tl.program_id(0).to(tl.int64) * HIDDEN_PADDED
     for r in tl.range(0, HIDDEN_PADDED, GATES, num_stages=STAGES):
@@ -270,17 +268,19 @@ def produce_constants(
     hidden_channels: int,
     squeeze_channels: int,
     *,
+    kernel_size: int,
     activation: str,
     ordered: bool,
     tile: MBConvTile,
 ) -> dict[str, object]:
     """Compile-time arguments of the first kernel, by name, for images of `height x width` pixels."""
-    window_height, window_width = tile.window(height, width)
+    window_height, window_width = tile.window(height, width, kernel_size)
     return {
         "C": in_channels,
         "C_PADDED": tile.padded_in(in_channels),
         "HIDDEN_PADDED": tile.padded_hidden(hidden_channels),
         "SQUEEZE": tile.padded_squeeze(squeeze_channels),
+        "KERNEL_SIZE": kernel_size,
         "ACTIVATION": activation,
         "ORDERED": ordered,
         "TILE_H": tile.height,
@@ -302,6 +302,7 @@ def project_constants(
     out_channels: int,
     squeeze_channels: int,
     *,
+    squeeze_activation: str,
     residual: bool,
     ordered: bool,
     tile: MBConvTile,
@@ -311,6 +312,7 @@ def project_constants(
         "K": out_channels,
         "HIDDEN_PADDED": tile.padded_hidden(hidden_channels),
         "SQUEEZE": tile.padded_squeeze(squeeze_channels),
+        "SQUEEZE_ACTIVATION": squeeze_activation,
         "RESIDUAL": residual,
         "ORDERED": ordered,
         "PARTS": tile.parts(height, width, hidden_channels) if ordered else 1,
@@ -337,15 +339,34 @@ class Workspace(NamedTuple):
     squeezed: Tensor
 
 
+def micro_batches(batch: int | torch.SymInt, images: int) -> list[tuple[int, int]]:
+    """First image and number of images of each micro-batch, in order; none has more images than the first.
+
+    A batch of any size, which torch.export and torch.compile trace, is one micro-batch: what they make cannot have more
+    launches for more images.
+    """
+    if not isinstance(batch, int):
+        return [(0, batch)]
+    return [(first, min(images, batch - first)) for first in range(0, batch, images)]
+
+
 def new_workspace(
-    x: Tensor, *, hidden_channels: int, out_channels: int, squeeze_channels: int, ordered: bool, tile: MBConvTile
+    x: Tensor,
+    *,
+    hidden_channels: int,
+    out_channels: int,
+    squeeze_channels: int,
+    kernel_size: int,
+    ordered: bool,
+    tile: MBConvTile,
 ) -> Workspace:
     """A workspace for images `x` `[N, C, H, W]`; nothing in it has to be initialised."""
     batch, _, height, width = x.shape
-    images, hidden = min(batch, tile.images), tile.padded_hidden(hidden_channels)
+    (_, images), *_ = micro_batches(batch, tile.images)
+    hidden = tile.padded_hidden(hidden_channels)
     parts = tile.parts(height, width, hidden_channels)
     programs = tile.project_programs(height, width, out_channels)
-    window_height, window_width = tile.window(height, width)
+    window_height, window_width = tile.window(height, width, kernel_size)
     squeezed = (batch, *([parts] if ordered else []), tile.padded_squeeze(squeeze_channels))
     return Workspace(
         x.new_empty((images * parts, window_height * window_width, tile.hidden)),
@@ -370,6 +391,7 @@ def launch(
     out: Tensor,
     *,
     activation: str,
+    squeeze_activation: str,
     residual: bool,
     tile: MBConvTile,
     ordered: bool = False,
@@ -384,22 +406,38 @@ def launch(
     """
     batch, in_channels, height, width = x.shape
     hidden, padded_squeeze = squeeze.shape  # padding them again changes nothing
+    kernel_size = packed_kernel_size(conv)
     if workspace is None:
         sizes = {"hidden_channels": hidden, "out_channels": out.shape[1], "squeeze_channels": padded_squeeze}
-        workspace = new_workspace(x, ordered=ordered, tile=tile, **sizes)
+        workspace = new_workspace(x, **sizes, kernel_size=kernel_size, ordered=ordered, tile=tile)
     scratch, y, gates, squeezed = workspace
     if not ordered:
         squeezed.zero_()
     produce = produce_constants(
-        height, width, in_channels, hidden, padded_squeeze, activation=activation, ordered=ordered, tile=tile
+        height,
+        width,
+        in_channels,
+        hidden,
+        padded_squeeze,
+        kernel_size=kernel_size,
+        activation=activation,
+        ordered=ordered,
+        tile=tile,
     )
     finish = project_constants(
-        height, width, hidden, out.shape[1], padded_squeeze, residual=residual, ordered=ordered, tile=tile
+        height,
+        width,
+        hidden,
+        out.shape[1],
+        padded_squeeze,
+        squeeze_activation=squeeze_activation,
+        residual=residual,
+        ordered=ordered,
+        tile=tile,
     )
     parts = tile.parts(height, width, hidden)
     programs = tile.project_programs(height, width, out.shape[1])
-    for first_image in range(0, batch, tile.images):
-        images = min(tile.images, batch - first_image)
+    for first_image, images in micro_batches(batch, tile.images):
         wrap(produce_kernel)[(images * parts,)](
             x,
             expand,

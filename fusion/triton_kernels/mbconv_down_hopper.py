@@ -3,14 +3,15 @@
 As in the kernel of stride 1 (`mbconv_hopper`) a program, eight warps, owns an image and all its hidden channels. In its
 first phase hidden channels are blurred to half of the rows and columns before they leave the registers: lanes of a warp
 have neighbouring rows of a column, and a warp has all columns. So what is squeezed, gated and projected has a quarter
-of the pixels, and the second phase is that of stride 1 for a small image.
+of the pixels, and the second phase is that of stride 1 for a small image. A convolution of stride 2 takes the place of
+convolution and blur where the block has no blur-pool.
 
 Shared memory that the input has in the first phase has the output and the stages of the projection's weights in the
 second one.
 
 An image's columns are one tile each, of up to 16 rows, or two of up to 32 rows together. In shared memory pixels of the
 input lie tile by tile, in each the first row of every lane before the second. Of the output a tile is two columns of up
-to 8 rows, 2 t + 1 and 2 t + 2, or one of up to 16, as in the kernel of stride 1.
+to 8 rows, 2 t + 1 and 2 t + 2, or, without a blur, 2 t and 2 t + 1; or one of up to 16, as in the kernel of stride 1.
 
 Programmatic dependent launch: the kernel may start before the one ahead of it in the stream has finished, and reads
 nothing but weights until it has.
@@ -135,14 +136,16 @@ def load_input(x_ptr, xs, image, D: gl.constexpr):
 
 @gluon.jit
 def output_offsets(image, SLAB: gl.constexpr, CHANNEL: gl.constexpr, D: gl.constexpr):
-    """[pixels, slab] as `input_offsets`, into images `[N, H / 2, W / 2, K]`."""
+    """[pixels, slab] as `input_offsets`, into images `[N, ceil(H / 2), ceil(W / 2), K]`."""
     S: gl.constexpr = D.projected
     LAYOUT: gl.constexpr = copy_layout(SLAB)
     pixel = gl.arange(0, S.pixels, gl.SliceLayout(1, LAYOUT))
     channel = CHANNEL + gl.arange(0, SLAB, gl.SliceLayout(0, LAYOUT))
     tile, lane, half = pixel // TILE, pixel % 8, pixel // 8 % 2
     if D.tiles_of_column == 1:
-        row, column = lane, (2 * tile + half + 1) % D.out_columns
+        row, column = lane, 2 * tile + half
+        if D.blur:
+            column = (column + 1) % D.out_columns
     else:
         row, column = 2 * lane + half, tile
     inside = (row < S.height) & (column < S.width) & (pixel < D.out_pixels)
@@ -163,7 +166,7 @@ def store_output(out_ptr, outs, image, D: gl.constexpr):
 @gluon.jit(do_not_specialize=["pieces"])
 def mbconv_down_hopper_kernel(
     x_ptr,  # [N, H, W, C]
-    out_ptr,  # [N, H / 2, W / 2, K]
+    out_ptr,  # [N, ceil(H / 2), ceil(W / 2), K]
     v256_desc,  # fusion.mbconv_hopper_weights.PackedMBConvHopper.project, in boxes of a product
     v128_desc,  # None where there is no product of this width
     v64_desc,
@@ -249,9 +252,12 @@ def launch(
     hidden_channels: int,
     squeeze_channels: int,
     activation: str,
+    squeeze_activation: str,
     tile: MBConvDownHopperTile,
+    blur: bool = True,
 ) -> None:
-    """Run the kernel on `x` `[N, C, H, W]` into `out` `[N, K, H / 2, W / 2]`, on the current device.
+    """Run the kernel on `x` `[N, C, H, W]` into `out` `[N, K, ceil(H / 2), ceil(W / 2)]`, on the current
+    device.
 
     Both are channels_last. Weights are packed for `tile` (`fusion.mbconv_hopper_weights.PackedMBConvHopper`), of one
     block. All addresses are multiples of 16 bytes. There is a launch for as many images as the GPU has processors, and
@@ -260,7 +266,8 @@ def launch(
     """
     batch, in_channels, height, width = x.shape
     channels = in_channels, hidden_channels, out.shape[1], squeeze_channels
-    spec = constants(height, width, *channels, activation=activation, tile=tile)
+    options = {"activation": activation, "squeeze_activation": squeeze_activation, "blur": blur, "tile": tile}
+    spec = constants(height, width, *channels, **options)
     programs = min(batch, processor_count(x.device.index))
     elements = 1 if spec.projected.resident else programs * tile.workspace_elements(height, width, hidden_channels)
     workspace = torch.empty(elements, dtype=x.dtype, device=x.device)

@@ -3,6 +3,8 @@ time, as that of stride 1 does (`mbconv_hopper_produce`).
 
 Of a piece of columns all but the last can be convolved, and of these every odd one completes an output column, of which
 it is the last of three.
+
+A convolution of stride 2 and no blur needs no column after a piece's last one: each piece gives a tile of the output.
 """
 
 from triton.experimental import gluon
@@ -15,6 +17,7 @@ from fusion.triton_kernels.mbconv_down_hopper_registers import (
     add_odd,
     blur_column,
     convolve_column,
+    convolve_strided,
     halves,
     of_halves,
 )
@@ -259,6 +262,69 @@ def produce_sweep(
 
 
 @gluon.jit
+def convolve_piece(window, tiles, tile, pool, weights, target, place, HALF: gl.constexpr, D: gl.constexpr):
+    """Convolve a piece of columns with stride 2, after those of a window of one, to a tile of the output, which is
+    stored. Returns the last column, and the pool."""
+    T: gl.constexpr = D.tiles_of_column
+    sweep, pieces, group = place
+    own = is_own(tile, pieces, group, HALF)
+    y, pool = convolve_strided(window + tiles, tile, own, pool, weights, HALF, D)
+    store(y, target, sweep, tile, own, HALF, D)
+    last = ()
+    for i in gl.static_range(T):
+        last = last + (tiles[len(tiles) - T + i],)
+    return last, pool
+
+
+@gluon.jit
+def produce_strided_sweep(
+    sweep, pieces, left, squeezed, xs, weights, target, HALF: gl.constexpr, dtype: gl.constexpr, D: gl.constexpr
+):
+    """As `produce_sweep`, for a convolution of stride 2 without a blur.
+
+    Each piece completes its tile, so what the second warpgroup leaves out is the first tile, which lacks a column, and
+    the first one leaves out its last.
+    """
+    S: gl.constexpr = D.produced
+    COLUMNS: gl.constexpr = D.piece_columns
+    APART: gl.constexpr = GROUP_WARPS if HALF else WARPS
+    expand_ptr, taps_ptr, bias_ptr, squeeze_ptr = weights
+    conv = load_conv(taps_ptr, bias_ptr, sweep, APART, S)
+    operands = left_operands(left, conv[0][0], expand_layout(S), S)
+    group = warpgroup() if HALF else 0
+    start = group * (pieces - 2)
+    place = sweep, pieces, group
+    window = ()
+    for _ in gl.static_range(fixed(D.tiles_of_column)):
+        window = window + (no_tile(),)
+    pool = no_sums()
+    sums = finish_expand(start_expand(operands, xs, start, S))
+    for piece in range(0, pieces - 1):
+        tile = start + piece
+        tiles = columns_of(sums, tile * COLUMNS, dtype, D)
+        sums = start_expand(operands, xs, tile + 1, S)
+        window, pool = convolve_piece(window, tiles, tile, pool, conv, target, place, HALF, D)
+        sums = finish_expand(sums)
+    left = load_left(expand_ptr, sweep + 1, sweep + 1 < D.projected.whole_sweeps, dtype, S)
+    squeeze = load_squeeze(squeeze_ptr, sweep, APART, dtype, S)
+    tile = start + pieces - 1
+    tiles = columns_of(sums, tile * COLUMNS, dtype, D)
+    _, pool = convolve_piece(window, tiles, tile, pool, conv, target, place, HALF, D)
+    return left, squeeze_pool(pool, squeeze, squeezed, conv[0][0], fixed(D.projected))
+
+
+@gluon.jit
+def sweep_of_block(
+    sweep, pieces, left, squeezed, xs, weights, target, HALF: gl.constexpr, dtype: gl.constexpr, D: gl.constexpr
+):
+    """`produce_sweep`, or that without a blur."""
+    if D.blur:
+        return produce_sweep(sweep, pieces, left, squeezed, xs, weights, target, HALF, dtype, D)
+    else:
+        return produce_strided_sweep(sweep, pieces, left, squeezed, xs, weights, target, HALF, dtype, D)
+
+
+@gluon.jit
 def produce(pieces, left, xs, weights, target, dtype: gl.constexpr, D: gl.constexpr):
     """Hidden channels of the output, and each warp's shares of the squeeze vector, as `mbconv_hopper_produce` has them.
 
@@ -270,11 +336,11 @@ def produce(pieces, left, xs, weights, target, dtype: gl.constexpr, D: gl.conste
     for _ in gl.static_range(fixed(S.squeeze_parts)):
         squeezed = squeezed + (no_sums(),)
     for sweep in range(0, S.whole_sweeps):
-        left, squeezed = produce_sweep(sweep, pieces, left, squeezed, xs, weights, target, False, dtype, D)
+        left, squeezed = sweep_of_block(sweep, pieces, left, squeezed, xs, weights, target, False, dtype, D)
     if S.split:
         pointer = weights[0] + S.whole_sweeps * (S.depths * UNIT * WARPS // 2)
         half = load_operands(pointer, True, fixed(S.depths), GROUP_WARPS, dtype)
-        _, squeezed = produce_sweep(
+        _, squeezed = sweep_of_block(
             S.whole_sweeps, pieces // 2 + 1, half, squeezed, xs, weights, target, True, dtype, D
         )
     return squeezed

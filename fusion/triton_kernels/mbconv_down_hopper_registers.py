@@ -1,10 +1,14 @@
-"""Columns of hidden channels in the registers of a warp: activated, convolved, blurred to half of rows and columns.
+"""Columns of hidden channels in the registers of a warp: activated, convolved and blurred to half of rows and columns,
+or convolved with stride 2.
 
 A *column* of an image is one tile, or two if each lane has four rows (`mbconv_hopper_registers` tells of tiles): then
 lane g has rows 4 g and 4 g + 1 in the first tile, and 4 g + 2 and 4 g + 3 in the second. So most neighbours of a row
 are in the same lane. Columns are blurred first, and sums of three are then blurred by rows: that takes fewer shuffles.
 
-An output column of one tile is half of a tile, eight rows: four registers, [warps, 8, 16].
+A blurred output column of one tile is half of a tile, eight rows: four registers, [warps, 8, 16].
+
+A convolution of stride 2 takes as left operands of a product the even rows of two columns, or, of a column of two
+tiles, those of both: sixteen pixels of the output, of which none is thrown away.
 """
 
 from triton.experimental import gluon
@@ -15,8 +19,10 @@ from fusion.triton_kernels.mbconv_hopper_registers import (
     activate,
     activation_text,
     convolved,
+    finish,
     no_tile,
     pixel_mask,
+    product_text,
     registers,
     type_name,
 )
@@ -27,10 +33,9 @@ SHARE = gl.constexpr("0f3D800000")
 
 
 @gluon.constexpr_function
-def activate_pair_text(S, exact, dtype):
-    """Outputs: of the first tile for both groups rows 4 g - 1 to 4 g + 2, of the second one rows 4 g + 1 to 4 g + 4.
-
-    Inputs: sums of both tiles, masks of both.
+def activate_pair_text(S, exact, dtype, below=True):
+    """Outputs: of the first tile for both groups rows 4 g - 1 to 4 g + 2, of the second one rows 4 g + 1 to 4 g + 4, or
+    zeros in place of the last. Inputs: sums of both tiles, masks of both.
     """
     text = "{ .reg .f32 u, v, s, t; .reg .b32 r, r<8>; .reg .pred p; "
     for i in range(8):
@@ -47,7 +52,10 @@ def activate_pair_text(S, exact, dtype):
                 text += f"mov.b32 ${quad + register}, {rows[2 * tile + register - 1]}; "
         text += f"mov.b32 ${4 * group + 3}, {rows[2]}; mov.b32 ${8 + 4 * group}, {rows[1]}; "
         text += f"shfl.sync.up.b32 r|p, {rows[3]}, 4, 0, 0xffffffff; selp.b32 ${4 * group}, r, 0, p; "
-        text += f"shfl.sync.down.b32 r|p, {rows[0]}, 4, 31, 0xffffffff; selp.b32 ${8 + 4 * group + 3}, r, 0, p; "
+        if below:
+            text += f"shfl.sync.down.b32 r|p, {rows[0]}, 4, 31, 0xffffffff; selp.b32 ${8 + 4 * group + 3}, r, 0, p; "
+        else:
+            text += f"mov.b32 ${8 + 4 * group + 3}, 0; "
     return text + "}"
 
 
@@ -68,10 +76,10 @@ def row_mask(column, INDEX: gl.constexpr, D: gl.constexpr):
 def activate_column(sums, column, dtype: gl.constexpr, D: gl.constexpr):
     """The tiles of a column, from sums of each."""
     if D.tiles_of_column == 1:
-        return (activate(sums[0], pixel_mask(column, fixed(D.produced)), dtype, fixed(D.produced)),)
+        return (activate(sums[0], pixel_mask(column, fixed(D.produced)), dtype, fixed(D.produced), D.blur),)
     else:
         return gl.inline_asm_elementwise(
-            activate_pair_text(D.produced, D.exact, dtype),
+            activate_pair_text(D.produced, D.exact, dtype, D.blur),
             registers("16r", "16f16r"),
             [sums[0], sums[1], row_mask(column, 0, D), row_mask(column, 1, D)],
             dtype=(gl.int32, gl.int32),
@@ -252,3 +260,82 @@ def convolve_column(tiles, FIRST: gl.constexpr, weights, D: gl.constexpr):
     for i in gl.static_range(FIRST, FIRST + T):
         sums = sums + (convolved(tiles[i], tiles[i + T], tiles[i + 2 * T], weights),)
     return sums
+
+
+@gluon.constexpr_function
+def strided_outer_text(dtype):
+    """As `outer_text`, but of two tiles, and of the first row of each lane only."""
+    return product_text(
+        16,
+        dtype,
+        lambda group: [8 + 4 * group, 16 + 4 * group, 10 + 4 * group, 18 + 4 * group],
+        lambda group: range(24 + 2 * group, 26 + 2 * group),
+        lambda group: range(28 + 4 * group, 32 + 4 * group),
+    )
+
+
+@gluon.constexpr_function
+def strided_same_text(dtype, which):
+    return product_text(
+        8,
+        dtype,
+        lambda group: [9 + 4 * group, 17 + 4 * group],
+        lambda group: [24 + 2 * which + group],
+        lambda group: range(28 + 4 * group, 32 + 4 * group),
+    )
+
+
+@gluon.jit
+def strided_taps(tiles, outer, same, sums, WHICH: gl.constexpr):
+    """Add what a column of each of two tiles gives to their output pixels."""
+    first, second = tiles
+    sums = gl.inline_asm_elementwise(
+        strided_outer_text(outer.dtype),
+        registers("8f", "20r8f"),
+        [first, second, outer, sums],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=8,
+    )
+    return gl.inline_asm_elementwise(
+        strided_same_text(same.dtype, WHICH),
+        registers("8f", "20r8f"),
+        [first, second, same, sums],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=8,
+    )
+
+
+@gluon.jit
+def output_mask(tile, D: gl.constexpr):
+    """[hidden, tile] int32: all bits set in registers that hold pixels of the output, of one of its tiles."""
+    LAYOUT: gl.constexpr = tile_layout()
+    g = gl.arange(0, HIDDEN, gl.SliceLayout(1, LAYOUT)) % 8
+    half = gl.arange(0, TILE, gl.SliceLayout(0, LAYOUT)) // 8
+    if D.tiles_of_column == 1:
+        inside = (g < D.projected.height)[:, None] & (2 * tile + half < D.projected.width)[None, :]
+    else:
+        inside = ((2 * g)[:, None] + half[None, :] < D.projected.height) & (tile < D.projected.width)
+    return gl.where(inside, -1, 0)
+
+
+@gluon.jit
+def convolve_strided(tiles, tile, own, pool, weights, HALF: gl.constexpr, D: gl.constexpr):
+    """[hidden, tile] of the output, activated, in 16 bits as the taps, and the pool with it.
+
+    `tiles` are those of a column and of the piece after it. In a half sweep the tile counts in the pool only if it is
+    the warpgroup's own.
+    """
+    taps, sums = weights
+    T: gl.constexpr = D.tiles_of_column
+    OTHER: gl.constexpr = 3 - T  # from a tile to that which shares its products: of its column, or of the second next
+    sums = strided_taps((tiles[0], tiles[OTHER]), taps[0], taps[3], sums, 0)
+    sums = strided_taps((tiles[T], tiles[T + OTHER]), taps[1], taps[3], sums, 1)
+    sums = strided_taps((tiles[2 * T], tiles[2 * T + OTHER]), taps[2], taps[4], sums, 0)
+    mask = no_tile()
+    if HALF or not D.exact:
+        mask = output_mask(tile, D)
+    if HALF:
+        mask = gl.where(own, mask, 0)
+    return finish(sums, pool, mask, taps[0], D.exact and not HALF, fixed(D.projected))

@@ -18,11 +18,13 @@ class DownSpec:
     """Constants of the block, and how a tile divides its images (`MBConvDownHopperTile` tells of most).
 
     `produced` has those of the first phase, whose pixels are the input's; `projected` those of the rest, whose pixels
-    are the output's. `room` is shared memory that first the input has, then the output and stages of weights.
+    are the output's. Without a `blur` the convolution has stride 2. `room` is shared memory that first the input has,
+    then the output and stages of weights.
     """
 
     produced: Spec
     projected: Spec
+    blur: bool
     tiles_of_column: int
     columns: int
     room_elements: int
@@ -89,6 +91,8 @@ def constants(
     squeeze_channels: int,
     *,
     activation: str,
+    squeeze_activation: str,
+    blur: bool,
     tile: MBConvDownHopperTile,
 ) -> DownSpec:
     """Compile-time constants of the kernel for images of `height x width` pixels, these channels and this tile."""
@@ -99,6 +103,7 @@ def constants(
         "out_channels": out_channels,
         "residual": False,
         "activation": activation,
+        "squeeze_activation": squeeze_activation,
         "in_slabs": tile.in_slabs(in_channels),
         "out_slabs": tile.out_slabs(out_channels),
         "products": tile.products(out_channels),
@@ -130,12 +135,12 @@ def constants(
     )
     projected = Spec(
         **common,
-        height=height // 2,
-        width=width // 2,
+        height=-(-height // 2),
+        width=-(-width // 2),
         columns=out_tiles,
         tiles=out_tiles,
         piece=1,
         split=tile.splits_last(*size, hidden_channels),
     )
     room = tile.room_bytes(*size, in_channels, out_channels) // 2
-    return DownSpec(produced, projected, tile.tiles_of_column(height), columns, room)
+    return DownSpec(produced, projected, blur, tile.tiles_of_column(height), columns, room)

@@ -294,6 +294,7 @@ def launch(
     hidden_channels: int,
     squeeze_channels: int,
     activation: str,
+    squeeze_activation: str,
     residual: bool,
     tile: MBConvHopperTile,
 ) -> None:
@@ -313,6 +314,7 @@ def launch(
         out.shape[1],
         squeeze_channels,
         activation=activation,
+        squeeze_activation=squeeze_activation,
         residual=residual,
         tile=tile,
     )

@@ -58,6 +58,14 @@ def strung(vectors, FIRST: gl.constexpr, COUNT: gl.constexpr):
         return both.permute((1, 0)).reshape((2 * both.shape[0],))
 
 
+@gluon.jit
+def squeeze_activated(x, S: gl.constexpr):
+    if S.squeeze_activation == "silu":
+        return x / (1.0 + gl.exp(-x))
+    else:
+        return gl.maximum(x, 0.0)
+
+
 @gluon.constexpr_function
 def bias_layout():
     """[output channels]"""
@@ -94,7 +102,8 @@ def excite(
     like = zeros(HIDDEN, TILE, dtype, tile_layout())
     right = ()
     for depth in gl.static_range(fixed(S.squeeze_depths)):
-        part = gl.maximum(vector.slice(16 * depth, 16).load(COLUMNS) + squeeze_biases[depth], 0.0).to(dtype)
+        part = vector.slice(16 * depth, 16).load(COLUMNS) + squeeze_biases[depth]
+        part = squeeze_activated(part, S).to(dtype)
         part, _ = gl.broadcast(part[None, :], like)
         right = right + (part,)
     all_gates = ()

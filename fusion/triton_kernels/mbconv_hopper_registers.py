@@ -44,8 +44,11 @@ def activation_text(activation):
 
 
 @gluon.constexpr_function
-def activate_text(S, dtype):
-    """Outputs: for both groups rows 2 q - 1, 2 q, 2 q + 1, 2 q + 2. Inputs: sums, a mask."""
+def activate_text(S, dtype, below=True):
+    """Outputs: for both groups rows 2 q - 1, 2 q, 2 q + 1, 2 q + 2, if not `below` zeros in place of the last.
+
+    Inputs: sums, a mask.
+    """
     lanes = 32 // S.bands
     segment = (32 - lanes) << 8
     text = "{ .reg .f32 u, v, s, t; .reg .b32 r, r<4>; .reg .pred p; "
@@ -58,15 +61,21 @@ def activate_text(S, dtype):
         quad, first, second = 4 * group, f"r{group}", f"r{group + 2}"
         text += f"mov.b32 ${quad + 1}, {first}; mov.b32 ${quad + 2}, {second}; "
         text += f"shfl.sync.up.b32 r|p, {second}, 4, {segment}, 0xffffffff; selp.b32 ${quad}, r, 0, p; "
-        text += f"shfl.sync.down.b32 r|p, {first}, 4, {segment + 31}, 0xffffffff; selp.b32 ${quad + 3}, r, 0, p; "
+        if below:
+            text += f"shfl.sync.down.b32 r|p, {first}, 4, {segment + 31}, 0xffffffff; selp.b32 ${quad + 3}, r, 0, p; "
+        else:
+            text += f"mov.b32 ${quad + 3}, 0; "
     return text + "}"
 
 
 @gluon.jit
-def activate(sums, mask, dtype: gl.constexpr, S: gl.constexpr):
-    """A tile: rows with their neighbours. Zero outside of the image, as the convolution's padding is."""
+def activate(sums, mask, dtype: gl.constexpr, S: gl.constexpr, BELOW: gl.constexpr = True):
+    """A tile: rows with their neighbours. Zero outside of the image, as the convolution's padding is.
+
+    Not `BELOW` leaves out the row below the last one of each lane.
+    """
     return gl.inline_asm_elementwise(
-        activate_text(S, dtype), registers("8r", "8f8r"), [sums, mask], dtype=gl.int32, is_pure=True, pack=8
+        activate_text(S, dtype, BELOW), registers("8r", "8f8r"), [sums, mask], dtype=gl.int32, is_pure=True, pack=8
     )
 
 
@@ -161,14 +170,14 @@ def same_taps(tile, taps, sums, WHICH: gl.constexpr):
 
 
 @gluon.constexpr_function
-def finish_text(S, dtype):
+def finish_text(S, exact, dtype):
     """Outputs: hidden channels, 16 bits; the pool. Inputs: sums, the pool, a mask."""
     text = "{ .reg .f32 u, v, s, t; .reg .pred p; "
     for i in range(4):
         low, high = 2 * i, 2 * i + 1
         text += f"mov.f32 u, ${12 + low}; mov.f32 v, ${12 + high}; {activation_text(S.activation)}"
         text += f"cvt.rn.{type_name(dtype)}x2.f32 ${i}, v, u; "
-        if not S.exact:
+        if not exact:
             row = 4 * (i % 2)
             text += f"setp.ne.b32 p, ${28 + row}, 0; selp.f32 u, u, 0f00000000, p; selp.f32 v, v, 0f00000000, p; "
         text += f"add.f32 ${4 + low}, ${20 + low}, u; add.f32 ${4 + high}, ${20 + high}, v; "
@@ -176,10 +185,11 @@ def finish_text(S, dtype):
 
 
 @gluon.jit
-def finish(sums, pool, mask, taps, S: gl.constexpr):
-    """Activated hidden channels as the projection's left operand, 16 bits like `taps`, and their sums over pixels."""
+def finish(sums, pool, mask, taps, EXACT: gl.constexpr, S: gl.constexpr):
+    """Activated hidden channels as the projection's left operand, 16 bits like `taps`, and their sums over pixels, of
+    those that the mask has if not `EXACT`."""
     return gl.inline_asm_elementwise(
-        finish_text(S, taps.dtype),
+        finish_text(S, EXACT, taps.dtype),
         registers("4r8f", "16f8r"),
         [sums, pool, mask],
         dtype=(taps.dtype, gl.float32),
@@ -203,7 +213,7 @@ def convolved(left, here, right, weights):
 @gluon.jit
 def convolve(left, here, right, weights, pool, mask, S: gl.constexpr):
     """Hidden channels of a tile after the convolution, from the tiles of three columns, and the pool with them."""
-    return finish(convolved(left, here, right, weights), pool, mask, weights[0][0], S)
+    return finish(convolved(left, here, right, weights), pool, mask, weights[0][0], S.exact, S)
 
 
 @gluon.jit

@@ -40,6 +40,7 @@ class Spec:
     out_channels: int
     residual: bool
     activation: str
+    squeeze_activation: str
     in_slabs: tuple[int, ...]
     out_slabs: tuple[int, ...]
     products: tuple[int, ...]
@@ -186,6 +187,7 @@ def constants(
     squeeze_channels: int,
     *,
     activation: str,
+    squeeze_activation: str,
     residual: bool,
     tile: MBConvHopperTile,
 ) -> Spec:
@@ -197,6 +199,7 @@ def constants(
         out_channels=out_channels,
         residual=residual,
         activation=activation,
+        squeeze_activation=squeeze_activation,
         in_slabs=tile.in_slabs(in_channels),
         out_slabs=tile.out_slabs(out_channels),
         products=tile.products(width, out_channels),

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fusion.planner.stem_tile import BIAS_TERMS, StemTile, window
+from fusion.triton_kernels.activations import activated
 from fusion.triton_kernels.native import rounded_relu, silu_of_double
 
 BIAS_COLUMNS = tl.constexpr(BIAS_TERMS)
@@ -101,6 +102,8 @@ def stem_kernel(
         y = rounded_relu(y, dtype)
     elif ACTIVATION == "silu":
         y = silu_of_double(0.5 * y)
+    else:
+        y = activated(y, ACTIVATION)
     pixel = group[:, None] * GROUP + (column // K)[None, :]
     inside = (row < out_h)[:, None] & (pixel < out_w)
     if WIDTH != GROUP * K:

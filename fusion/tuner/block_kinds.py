@@ -21,6 +21,7 @@ from fusion.planner.match import (
     MBConvShape,
     StemConvFirstShape,
     StemShape,
+    options_of,
 )
 from fusion.planner.stem_convfirst_hopper_tile import convfirst_shape
 from fusion.stem_convfirst_weights import StemConvFirstWeights
@@ -32,7 +33,7 @@ class BlockKind:
     """What is needed to check kernels of a kind of block.
 
     `random_weights(shape, generator)` keep the scale of the activations from block to block. `reference` takes `x`, the
-    weights' tensors, the activation and, if the shape has one, whether there is a residual.
+    weights' tensors, and the shape's options (`fusion.planner.match.options_of`) by name.
     """
 
     random_weights: Callable[[BlockShape, torch.Generator], Weights]
@@ -47,8 +48,7 @@ def random_weights(shape: BlockShape, generator: torch.Generator) -> Weights:
 def apply_reference(x: Tensor, weights: Weights, shape: BlockShape) -> Tensor:
     """The block in plain PyTorch, in the dtype and on the device of `x` `[N, C, H, W]` (see `fusion.reference`)."""
     tensors = (tensor.to(x.device) for tensor in vars(weights).values())
-    residual = (shape.residual,) if hasattr(shape, "residual") else ()
-    return BLOCK_KINDS[type(shape)].reference(x, *tensors, shape.activation, *residual)
+    return BLOCK_KINDS[type(shape)].reference(x, *tensors, **options_of(shape))
 
 
 def _stem(shape: StemShape, generator: torch.Generator) -> StemWeights:
@@ -112,8 +112,9 @@ def _conv(
     channels: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Of a grouped 3x3 convolution of so many channels."""
-    return _normal(generator, channels, shape.group_width, 3, 3, fan_in=9 * shape.group_width)
+    """Of a grouped convolution of so many channels."""
+    size = shape.kernel_size
+    return _normal(generator, channels, shape.group_width, size, size, fan_in=size**2 * shape.group_width)
 
 
 def _normal(generator: torch.Generator, *size: int, fan_in: int) -> Tensor:

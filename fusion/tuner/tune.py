@@ -10,6 +10,7 @@ import torch
 import triton
 
 from fusion import triton_kernels
+from fusion.disk_cache import BlockKey
 from fusion.planner.families import KernelFamily, Tile, family_of
 from fusion.planner.graph import BlockGraph
 from fusion.planner.match import BlockShape
@@ -24,7 +25,8 @@ FIRST_ROUND = 24
 """Tiles of the first round: the best predictions among those of different designs."""
 ALTERNATIVES = 8
 """How many of them are of a kernel family that the planner would not choose."""
-KERNEL_FILES = ("convfirst*.py", "ffn*.py", "head*.py", "hopper*.py", "mbconv*.py", "native.py", "stem*.py")
+NO_KERNELS = ("ahead", "__")
+"""Files beside the kernels that change nothing in them."""
 SECOND_ROUND_SEEDS = 3
 """Winners of the first round of whose designs the second round tries all tiles."""
 
@@ -53,6 +55,7 @@ def tune_blocks(
     device: int | str | None = None,
     refresh: bool = False,
     progress: bool = True,
+    portable: bool = False,
 ) -> list[Plan]:
     """Plan blocks by measurement: for each the fastest tile whose results are right, from the cache or from a search.
 
@@ -60,7 +63,8 @@ def tune_blocks(
     The search times some 50 tiles a block, each in a worker process, on random weights and inputs: a stage of eight
     blocks in a CUDA graph. It shows a progress bar on standard error unless `progress` is False and keeps the winners
     (`fusion.tuner.cache`); `refresh` searches even if the cache knows. `device` is a GPU (default: the current one);
-    `processor` (default: that GPU) says which tiles are valid and in which order they are tried.
+    `processor` (default: that GPU) says which tiles are valid and in which order they are tried. With `portable` only
+    portable kernels compete (`KernelFamily.is_portable`); their winners are kept apart.
 
     Raises RuntimeError without a CUDA GPU or if no tile of a block gives right results, and PlanError for a block that
     has no kernel.
@@ -69,9 +73,9 @@ def tune_blocks(
     processor = processor_of(device) if processor is None else get_processor(processor)
     shapes = [block_shape(graph) for graph in graphs]
     keys = [cache_key(shape, device) for shape in shapes]
-    known = [None if refresh else _usable(cache.load(key), key.shape, processor) for key in keys]
+    known = [None if refresh else _usable(cache.load(key, portable), key.shape, processor) for key in keys]
     unknown = list(dict.fromkeys(shape for shape, tile in zip(shapes, known, strict=True) if tile is None))
-    results = search(unknown, processor, device, progress) if unknown else {}
+    results = search(unknown, processor, device, progress, portable) if unknown else {}
     plans = []
     for graph, key, cached in zip(graphs, keys, known, strict=True):
         if cached is not None:
@@ -84,7 +88,7 @@ def tune_blocks(
                 + "; ".join(f"{count} tiles: {reason}" for reason, count in found.failures.most_common(3))
             )
         best, *others = found.ranking()
-        cache.store(key, best, found.measured[best])
+        cache.store(key, best, found.measured[best], portable)
         rejected = [Rejection(repr(tile), f"measured {found.measured[tile]:.1f} us") for tile in others[:RUNNERS_UP]]
         rejected += _slower_kernels(found)
         rejected += [Rejection(f"{count} tiles", reason) for reason, count in found.failures.most_common()]
@@ -93,24 +97,24 @@ def tune_blocks(
     return plans
 
 
-def cache_key(shape: BlockShape, device: torch.device) -> cache.CacheKey:
+def cache_key(shape: BlockShape, device: torch.device) -> BlockKey:
     """What a measurement of this block on this GPU, with this compiler and these kernels, is kept under."""
     source = b"".join(path.read_bytes() for path in kernel_sources())
     name = torch.cuda.get_device_name(device)
-    return cache.CacheKey(name, triton.__version__, hashlib.sha256(source).hexdigest()[:16], shape)
+    return BlockKey(name, triton.__version__, hashlib.sha256(source).hexdigest()[:16], shape)
 
 
 def kernel_sources() -> list[Path]:
     """The files that hold the kernels of all families, and what they share."""
     folder = Path(triton_kernels.__file__).parent
-    return sorted(path for pattern in KERNEL_FILES for path in folder.glob(pattern))
+    return sorted(path for path in folder.glob("*.py") if not path.name.startswith(NO_KERNELS))
 
 
 def search(
-    shapes: Sequence[BlockShape], processor: Processor, device: torch.device, progress: bool
+    shapes: Sequence[BlockShape], processor: Processor, device: torch.device, progress: bool, portable: bool = False
 ) -> dict[BlockShape, Results]:
     """Time candidates of every shape in two rounds. Raises PlanError for a shape that no tile fits."""
-    ranked = {shape: ranked_tiles(shape, processor) for shape in shapes}
+    ranked = {shape: ranked_tiles(shape, processor, portable=portable) for shape in shapes}
     results = {shape: Results() for shape in shapes}
     title = f"tuning {len(shapes)} block{'s' if len(shapes) > 1 else ''}"
     with progress_bar(title, show=progress) as bar, WorkerPool(device) as pool:

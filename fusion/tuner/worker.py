@@ -17,7 +17,7 @@ from torch import Tensor
 from fusion import kernels
 from fusion.kernels import Weights
 from fusion.planner.families import Tile, family_named, family_of
-from fusion.planner.match import BlockShape, HeadShape
+from fusion.planner.match import BlockShape, HeadShape, options_of
 from fusion.reference import ERROR_FACTOR, relative_error
 from fusion.timing import STAGE_DEPTH, graph_us
 from fusion.tuner.block_kinds import apply_reference, random_weights
@@ -109,17 +109,8 @@ class Bench:
         return torch.full(size, float("nan"), dtype=self.dtype, device=self.device).permute(0, 3, 1, 2)
 
     def _run(self, weights: Weights, tile: Tile) -> Callable[[Tensor, Tensor], None]:
-        shape = self.shape
-        packed = kernels.pack(weights, tile, self.dtype, self.device)
-        return lambda x, out: kernels.launch(
-            x,
-            packed,
-            out,
-            tile,
-            weights,
-            activation=shape.activation,
-            residual=getattr(shape, "residual", False),
-        )
+        packed, options = kernels.pack(weights, tile, self.dtype, self.device), options_of(self.shape)
+        return lambda x, out: kernels.launch(x, packed, out, tile, weights, **options)
 
 
 def answer(shape: dict, kernel: str, tile: list[int], compile_only: bool, device: str) -> dict:

@@ -72,13 +72,17 @@ def test_blurpool_has_no_state():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("stride", "out_channels"), [(1, 16), (1, 24), (2, 16), (2, 24)])
-def test_convfirst_against_its_definition(stride, out_channels):
+@pytest.mark.parametrize(
+    ("stride", "out_channels", "blur"), [(1, 16, True), (1, 24, True), (2, 16, True), (2, 24, True), (2, 16, False)]
+)
+def test_convfirst_against_its_definition(stride, out_channels, blur):
     torch.manual_seed(0)
-    block = with_random_batch_norm(ConvFirst(16, out_channels, expansion=6, stride=stride))
+    block = with_random_batch_norm(ConvFirst(16, out_channels, expansion=6, stride=stride, blur=blur))
     x = torch.randn(2, 16, 7, 6, dtype=torch.float64)
     y = conv_then_bn(x, block.conv, block.conv_bn)
-    if stride == 2:
+    if not blur:
+        y = y[..., ::2, ::2]
+    elif stride == 2:
         y = blurred(torch.cat([x, y], 1))
     y = conv_then_bn(y, block.expand, block.expand_bn).clamp(min=0)
     y = conv_then_bn(y, block.project, block.project_bn)
@@ -89,9 +93,10 @@ def test_convfirst_against_its_definition(stride, out_channels):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("stride", "out_channels"), [(1, 16), (1, 24), (2, 16), (2, 24)])
-def test_mbconv_against_its_definition(stride, out_channels):
+@pytest.mark.parametrize("squeeze_activation", [nn.ReLU, nn.SiLU])
+def test_mbconv_against_its_definition(squeeze_activation, stride, out_channels):
     torch.manual_seed(0)
-    block = with_random_batch_norm(MBConv(16, out_channels, stride=stride))
+    block = with_random_batch_norm(MBConv(16, out_channels, stride=stride, squeeze_activation=squeeze_activation))
     x = torch.randn(2, 16, 7, 6, dtype=torch.float64)
     y = conv_then_bn(x, block.expand, block.expand_bn)
     y = conv_then_bn(y * y.sigmoid(), block.conv, block.conv_bn)
@@ -100,7 +105,8 @@ def test_mbconv_against_its_definition(stride, out_channels):
         y = blurred(y)
     squeeze, excite = block.se.squeeze, block.se.excite
     assert squeeze.out_features == 4
-    s = (y.mean((2, 3)) @ squeeze.weight.T + squeeze.bias).clamp(min=0)
+    s = y.mean((2, 3)) @ squeeze.weight.T + squeeze.bias
+    s = s.clamp(min=0) if squeeze_activation is nn.ReLU else s * s.sigmoid()
     y = y * (s @ excite.weight.T + excite.bias).sigmoid()[:, :, None, None]
     y = conv_then_bn(y, block.project, block.project_bn)
     if stride == 1 and out_channels == 16:

@@ -1,6 +1,7 @@
 """Networks with fused blocks."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -90,10 +91,20 @@ def test_a_block_in_training_mode_is_not_fused():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (ConvFirst(16, 16, expansion=6, activation=nn.GELU), "ConvFirst with GELU; supported are ReLU or SiLU"),
-        (ConvFirst(16, 32, expansion=6, stride=2, activation=nn.GELU), "ConvFirst with GELU; supported are"),
-        (MBConv(16, 16, activation=nn.GELU), "MBConv with GELU; supported are ReLU or SiLU"),
-        (MBConv(16, 32, stride=2, activation=nn.GELU), "MBConv with GELU; supported are"),
+        (
+            ConvFirst(16, 16, expansion=6, activation=nn.Mish),
+            r"ConvFirst with Mish\(\); supported are ReLU or SiLU or ReLU6 or GELU or Hardswish, of GELU the exact one",
+        ),
+        (
+            ConvFirst(16, 32, expansion=6, stride=2, activation=partial(nn.GELU, approximate="tanh")),
+            r"ConvFirst with GELU\(approximate='tanh'\); supported are",
+        ),
+        (MBConv(16, 16, activation=nn.Mish), r"MBConv with Mish\(\); supported are ReLU or SiLU"),
+        (
+            MBConv(16, 16, squeeze_activation=nn.GELU),
+            "MBConv with GELU inside of squeeze-and-excitation; supported are ReLU or SiLU",
+        ),
+        (MBConv(16, 32, stride=2, activation=nn.Mish), r"MBConv with Mish\(\); supported are"),
     ],
 )
 def test_a_block_without_a_kernel_says_what_is_supported(block, message):

@@ -35,7 +35,7 @@ def test_ops_and_bytes_of_a_stem():
     assert block_fused(graph, (2, 128)).bytes == 2 * (128 * 256 * 256 * 3 + 128 * 128 * 128 * 16 + 27 * 16)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
 def test_matching(activation):
     name = activation or "none"
     assert match_stem(stem(2, 9, 13, 3, 24, activation=activation)) == StemShape(2, 9, 13, 3, 24, name, "float16")

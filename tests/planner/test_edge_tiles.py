@@ -154,6 +154,13 @@ def test_a_stem_is_predicted_to_be_bound_by_memory(channels, limit_us):
     assert limit_us < best < 1.4 * limit_us
 
 
+def test_activations_of_a_head_take_time():
+    relu, silu, gelu = (head_shape(activation=name) for name in ("relu", "silu", "gelu"))
+    tile = HeadTile(64, 128, 10, 4)
+    assert head_tile.predicted_us(tile, relu, H200) < head_tile.predicted_us(tile, silu, H200)
+    assert head_tile.predicted_us(tile, silu, H200) < head_tile.predicted_us(tile, gelu, H200)
+
+
 def test_heads_divide_images_so_that_processors_have_a_program_or_more():
     shape = head_shape()
     counts = {(tile.channels, tile.images) for tile in head_tile.candidate_tiles(shape, H200)}

@@ -20,9 +20,13 @@ def local_and_global(program):
         (convfirst(1, 8, 8, 16, 2, stride=2), ["conv", "expand", "project"]),
         (mbconv(1, 8, 8, 16, 2), ["expand", "conv", "pool", "squeeze", "excite", "gate", "project"]),
         (mbconv(1, 8, 8, 16, 2, stride=2), ["expand", "conv", "pool", "squeeze", "excite", "gate", "project"]),
+        (
+            mbconv(1, 8, 8, 16, 2, stride=2, blur=False),
+            ["expand", "conv", "pool", "squeeze", "excite", "gate", "project"],
+        ),
         (conv(1, 8, 8, 3, 16, stride=2, activation="relu"), ["conv"]),
     ],
-    ids=["ffn", "convfirst", "convfirst-s2", "mbconv", "mbconv-s2", "conv"],
+    ids=["ffn", "convfirst", "convfirst-s2", "mbconv", "mbconv-s2", "mbconv-s2-no-blur", "conv"],
 )
 def test_layerwise_is_one_kernel_per_costed_op(graph, kernels):
     program = layerwise(graph)
@@ -80,13 +84,13 @@ def test_mbconv_divides_hidden_channels_and_meets_in_global_memory():
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_two_passes_meet_in_global_memory(stride, residual):
-    graph = mbconv(2, 16, 16, 32, 4, stride=stride, residual=residual and stride == 1)
+@pytest.mark.parametrize("stride, blur", [(1, True), (2, True), (2, False)])
+def test_two_passes_meet_in_global_memory(stride, blur, residual):
+    graph = mbconv(2, 16, 16, 32, 4, stride=stride, blur=blur, residual=residual and stride == 1)
     program = two_pass(graph, pixel_tile=(8, 16), hidden_tile=64)
     produce, project = program.kernels
     assert [op.name for op in produce.ops][-1] == "squeeze" and project.ops[0].name == "squeeze_activation"
-    y = "conv_activation.out" if stride == 1 else "blurpool.out"
+    y = "blurpool.out" if stride == 2 and blur else "conv_activation.out"
     for kernel in program.kernels:
         assert {tensor.name for tensor, memory in kernel.placement if memory is Memory.GLOBAL} == {y, "squeeze.out"}
     assert produce.partition.dims == (("N", 1), ("H", 8), ("W", 16), ("C", 64))

@@ -191,6 +191,16 @@ def test_why_none(options, message):
         assert reason is None, reason
 
 
+@pytest.mark.parametrize("channels, out_channels, size", [(40, 80, 28), (24, 40, 15), (128, 200, 16), (48, 104, 31)])
+def test_blocks_without_a_blur_are_planned(channels, out_channels, size):
+    """At odd sizes too; the same tiles run them as with a blur, in less time."""
+    plan = plan_block(graph(channels, out_channels, (size, size), blur=False), "h200")
+    assert plan.kernel == "mbconv_down_hopper" and not plan.shape.blur
+    even = graph(channels, out_channels, (size + size % 2,) * 2)
+    blurred = plan_block(even, "h200", kernel="mbconv_down_hopper")
+    assert plan.predicted_us < blurred.predicted_us
+
+
 def test_why_invalid_of_other_processors_and_malformed_tiles():
     assert why_invalid(TILE, shape(), H200) is None
     message = "it is for compute capability 9.0, a100 has 8.0"
@@ -199,7 +209,10 @@ def test_why_invalid_of_other_processors_and_malformed_tiles():
     assert why_malformed(replace(TILE, resident=2)) == "resident=2 is not one of 0, 1"
     assert why_malformed(replace(TILE, stages=1)) == "stages=1 is not between 2 and 8"
     assert why_invalid(replace(TILE, stages=9), shape(), H200) == "stages=9 is not between 2 and 8"
-    assert all(why_not_covering(*size) is None for size in SIZES)
+    assert all(why_not_covering(*size, blur) is None for size in SIZES for blur in (True, False))
+    assert why_not_covering(15, 1, blur=False) is None
+    assert "height and width must be even for a blur-pool" in why_not_covering(15, 16, blur=True)
+    assert "are too large: up to 32x32" in why_not_covering(33, 16, blur=False)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

@@ -67,10 +67,32 @@ def test_the_fields_must_be_positive_integers_and_travel_as_integers():
 )
 def test_quads_have_those_before_them_and_the_window_has_their_neighbours_within_the_image(size, quads, window):
     height, width = size
-    assert TILE.quad_window(-(-height // 2), -(-width // 2)) == quads
-    assert TILE.window(*size) == window
-    elements = TILE.scratch_elements(*size)
+    assert TILE.quad_window(-(-height // 2), -(-width // 2), True) == quads
+    assert TILE.window(*size, True, 3) == window
+    elements = TILE.scratch_elements(*size, True, 3)
     assert elements == (window[0] * window[1] * 64, 4 * quads[0] * quads[1] * 64)
+
+
+@pytest.mark.parametrize(
+    "size, kernel_size, quads, window",
+    [
+        ((1, 1), 3, (1, 1), (1, 1)),
+        ((2, 3), 3, (1, 2), (2, 3)),
+        ((15, 16), 3, (8, 8), (15, 16)),
+        ((17, 18), 3, (8, 8), (17, 17)),
+        ((64, 9), 3, (8, 5), (17, 9)),
+        ((3, 64), 5, (2, 8), (3, 19)),
+        ((19, 20), 5, (8, 8), (19, 19)),
+    ],
+    ids=str,
+)
+def test_without_a_blur_there_is_a_pixel_for_each_of_the_output_and_the_window_has_their_neighbours(
+    size, kernel_size, quads, window
+):
+    height, width = size
+    assert TILE.quad_window(-(-height // 2), -(-width // 2), False) == quads
+    assert TILE.window(*size, False, kernel_size) == window
+    assert TILE.scratch_elements(*size, False, kernel_size) == (window[0] * window[1] * 64, 0)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +105,11 @@ def test_pixels_that_are_expanded_together(changes, pixels):
 
 
 def test_steps_of_wide_slabs_have_fewer_neighbours():
-    assert [replace(TILE, conv_slab=slab).step_pixels for slab in (16, 32, 64, 128)] == [4, 2, 1, 1]
+    tiles = [replace(TILE, conv_slab=slab) for slab in (16, 32, 64, 128)]
+    assert [tile.step_pixels for tile in tiles] == [4, 2, 1, 1]
+    assert [tile.row_steps(blur=True) for tile in tiles] == [1, 2, 4, 4]
+    assert [tile.row_steps(blur=False) for tile in tiles] == [1, 2, 3, 3]
+    assert [tile.tap_steps(5) for tile in tiles] == [7, 13, 25, 25]
 
 
 def test_wide_squeeze_layers_blur_fewer_channels():
@@ -127,7 +153,8 @@ def test_tiles_that_are_not_valid(changes, reason):
     "options, reason",
     [
         ({"dtype": "float32"}, "dtype float32 is not supported, use one of float16, bfloat16"),
-        ({"kernel_size": 5}, "kernel size 5 is not supported, use 3"),
+        ({"kernel_size": 5}, "kernel size 5 with a blur-pool is not supported, use 3, or let the convolution have"),
+        ({"kernel_size": 7, "blur": False}, "kernel size 7 is not supported, use 3 or 5"),
         ({"channels": 12, "group_width": 4}, "in_channels=12 is not supported, use a multiple of 8"),
         ({"out_channels": 12}, "out_channels=12 is not supported, use a multiple of 8"),
         ({"channels": 24, "group_width": 24}, "group width 24 is not supported, use a power of two up to 64"),
@@ -159,6 +186,11 @@ def test_slabs_must_not_split_groups_and_padding_counts():
         shape(144, hw=33, batch=3, expansion=2, out_channels=1000),
         shape(64, hw=3, group_width=64, squeeze_channels=200),
         shape(2048, hw=7, batch=1000),
+        shape(16, hw=112, expansion=6, out_channels=24, squeeze_channels=4, blur=False),
+        shape(104, hw=18, expansion=6, out_channels=208, squeeze_channels=26, blur=False),
+        shape(24, hw=1, expansion=1, blur=False),
+        shape(24, hw=56, expansion=6, out_channels=40, squeeze_channels=6, blur=False, kernel_size=5),
+        shape(112, hw=3, expansion=6, blur=False, kernel_size=5),
     ],
     ids=lambda block: f"{block.in_channels}-{block.height}",
 )
@@ -169,7 +201,7 @@ def test_candidates_are_valid_and_their_workspace_fits(block, processor):
     for tile in tiles[::97]:
         assert why_invalid(tile, block, processor) is None
         assert 1 <= tile.images <= block.batch
-        scratch = 2 * sum(tile.scratch_elements(block.height, block.width))
+        scratch = 2 * sum(tile.scratch_elements(block.height, block.width, block.blur, block.kernel_size))
         assert tile.programs == 1 or tile.programs * scratch <= SCRATCH_SHARE * processor.global_memory_bytes
         hidden = 2 * block.out_height * block.out_width * tile.padded_hidden(block.hidden_channels)
         assert tile.images == 1 or tile.images * hidden <= HIDDEN_SHARE * processor.global_memory_bytes
@@ -206,3 +238,6 @@ def test_predictions():
     assert predicted_us(TILE, shape(batch=1), H200) < us
     assert predicted_us(TILE, shape(256), H200) > us
     assert predicted_us(TILE, block, PROCESSORS["a5000"]) > us
+    strided = predicted_us(TILE, shape(blur=False), H200)
+    assert strided < us
+    assert strided < predicted_us(TILE, shape(blur=False, kernel_size=5), H200) < 25 / 9 * strided

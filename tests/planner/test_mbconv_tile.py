@@ -50,10 +50,19 @@ def test_the_fields_must_be_positive_integers_and_travel_as_integers():
 
 
 @pytest.mark.parametrize(
-    "size, window", [((16, 16), (16, 16)), ((17, 8), (17, 8)), ((18, 19), (18, 18)), ((64, 9), (18, 9))], ids=str
+    "size, kernel_size, window",
+    [
+        ((16, 16), 3, (16, 16)),
+        ((17, 8), 3, (17, 8)),
+        ((18, 19), 3, (18, 18)),
+        ((64, 9), 3, (18, 9)),
+        ((64, 3), 5, (20, 3)),
+        ((20, 21), 5, (20, 20)),
+    ],
+    ids=str,
 )
-def test_the_window_has_the_neighbours_within_the_image(size, window):
-    assert TILE.window(*size) == window
+def test_the_window_has_the_neighbours_within_the_image(size, kernel_size, window):
+    assert TILE.window(*size, kernel_size) == window
 
 
 @pytest.mark.parametrize(
@@ -98,6 +107,7 @@ def test_programs_of_an_image():
         ({"project_warps": 32, "project_pixels": 256}, "32 warps are more than a program may have, 16"),
         ({"height": 8, "width": 8, "warps": 16}, "16 warps are too many for 64 pixels"),
         ({"hidden": 512, "channels": 128}, "of local memory are more than h200 has"),
+        ({"warps": 2}, "128 sums of the expansion a thread would spill, 64 do not"),
         ({"project_pixels": 128, "project_out": 512}, "registers a thread would spill, 255 are available"),
     ],
     ids=str,
@@ -111,7 +121,7 @@ def test_tiles_that_are_not_valid(changes, reason):
     "options, reason",
     [
         ({"dtype": "float32"}, "dtype float32 is not supported, use one of float16, bfloat16"),
-        ({"kernel_size": 5}, "kernel size 5 is not supported, use 3"),
+        ({"kernel_size": 7}, "kernel size 7 is not supported, use 3 or 5"),
         ({"channels": 12, "group_width": 4}, "in_channels=12 is not supported, use a multiple of 8"),
         ({"out_channels": 12}, "out_channels=12 is not supported, use a multiple of 8"),
         ({"channels": 24, "group_width": 24}, "group width 24 is not supported, use a power of two up to 64"),
@@ -143,6 +153,8 @@ def test_slabs_must_not_split_groups_and_padding_counts():
         shape(144, hw=32, batch=3, expansion=2, out_channels=1000),
         shape(64, hw=1, group_width=64, squeeze_channels=200),
         shape(2048, hw=7, batch=1000),
+        shape(40, hw=28, expansion=6, squeeze_channels=10, kernel_size=5),
+        shape(192, hw=3, expansion=6, kernel_size=5),
     ],
     ids=lambda block: f"{block.in_channels}-{block.height}",
 )
@@ -182,3 +194,4 @@ def test_predictions():
     assert predicted_us(replace(TILE, images=128), shape(batch=1), H200) < us
     assert predicted_us(TILE, shape(256), H200) > us
     assert predicted_us(TILE, block, PROCESSORS["a5000"]) > us
+    assert us < predicted_us(TILE, shape(kernel_size=5), H200) < 25 / 9 * us

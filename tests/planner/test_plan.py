@@ -77,9 +77,14 @@ def test_the_hopper_kernel_is_preferred_where_it_runs(processor, kernel):
             "weights of 78 KB and rows of 167 KB do not fit the 227 KB of local memory that h200 has",
         ),
         (convfirst(1, 8, 8, 16, 2, activation="silu"), "activation silu is not supported, use relu"),
+        (convfirst(1, 8, 8, 16, 2, activation="gelu"), "activation gelu is not supported, use relu"),
         (convfirst(1, 8, 8, 16, 2, group_width=16), "group width 16 is not supported, use 8"),
+        (
+            convfirst(1, 8, 8, 16, 2, stride=2, blur=False),
+            "stride 2 of the convolution is not supported, use 1",
+        ),
     ],
-    ids=["local memory", "activation", "group width"],
+    ids=["local memory", "silu", "gelu", "group width", "stride"],
 )
 def test_the_portable_kernel_runs_what_the_hopper_kernel_does_not(graph, reason):
     plan = plan_block(graph, "h200")
@@ -174,6 +179,27 @@ def test_a_plan_prints_itself_and_its_tile_can_be_pasted_back(kernel):
 def test_blocks_that_no_kernel_runs(graph, message):
     with pytest.raises(PlanError, match=message):
         plan_block(graph)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_hopper_kernels_of_mbconv_have_two_activations(stride):
+    graphs = [mbconv(128, 16, 16, 64, 4, stride=stride, activation=name) for name in ("silu", "hardswish")]
+    hopper, portable = (plan_block(graph, "h200") for graph in graphs)
+    assert hopper.kernel == f"{portable.kernel}_hopper"
+    reason = "rejected Hopper kernel: activation hardswish is not supported, use relu or silu"
+    assert reason in str(portable) and reason not in str(hopper)
+
+
+@pytest.mark.parametrize("processor", ["a5000", "h200"])
+@pytest.mark.parametrize("channels, size", [(64, 56), (16, 128)])
+def test_a_convolution_of_stride_2(channels, size, processor):
+    options = {"out_channels": 2 * channels, "activation": "silu"}
+    plan = plan_block(convfirst(128, size, size, channels, 4, stride=2, blur=False, **options), processor)
+    half = plan_block(convfirst(128, size // 2, size // 2, channels, 4, **options), processor)
+    whole = plan_block(convfirst(128, size, size, channels, 4, **options), processor)
+    assert plan.kernel == "convfirst"
+    assert plan.predicted_us >= plan.limit_us
+    assert half.predicted_us <= plan.predicted_us < whole.predicted_us
 
 
 @pytest.mark.parametrize("processor", ["a5000", "a100", "b200"])

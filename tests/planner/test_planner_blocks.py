@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from fusion.planner.blocks import conv, convfirst, ffn, mbconv
+from fusion.planner.blocks import ACTIVATIONS, conv, convfirst, ffn, head, mbconv
 from fusion.planner.graph import OpKind
+from fusion.planner.lower import block_fused
 from fusion.planner.match import ConvFirstShape, match_convfirst
+from fusion.planner.plan import block_shape
 
 PAPER = Path(__file__).parents[2] / "bench" / "paper"
 
@@ -89,6 +91,27 @@ def test_mbconv_stride_2_pools_the_blurred_convolution():
     assert graph.ops[-1].name == "project"
 
 
+def test_mbconv_stride_2_without_a_blur_convolves_at_half_the_resolution():
+    blurred, graph = (mbconv(2, 7, 9, 16, 4, out_channels=24, stride=2, blur=blur) for blur in (True, False))
+    assert [op.kind for op in graph.ops] == [op.kind for op in blurred.ops if op.kind is not OpKind.BLURPOOL]
+    assert graph.op("conv").output.dims == (("N", 2), ("H", 4), ("W", 5), ("C", 64))
+    assert graph.op("conv").ops_count == 2 * 2 * 4 * 5 * 64 * 8 * 9
+    assert graph.op("pool").inputs == (graph.op("conv_activation").output,)
+    assert graph.outputs == blurred.outputs
+    assert blurred.ops_count - graph.ops_count == 2 * 2 * (7 * 9 - 4 * 5) * 64 * 8 * 9
+    assert mbconv(1, 8, 8, 16, 4, blur=False) == mbconv(1, 8, 8, 16, 4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_mbconv_has_an_activation_inside_of_squeeze_and_excitation(stride):
+    assert mbconv(1, 8, 8, 16, 4, stride=stride).op("squeeze_activation").kind is OpKind.RELU
+    graph = mbconv(1, 8, 8, 16, 4, stride=stride, activation="relu", squeeze_activation="silu")
+    kinds = [graph.op(f"{name}_activation").kind for name in ("expand", "conv", "squeeze", "excite")]
+    assert kinds == [OpKind.RELU, OpKind.RELU, OpKind.SILU, OpKind.SIGMOID]
+    with pytest.raises(ValueError, match="activation 'swish' is not supported, use one of relu"):
+        mbconv(1, 8, 8, 16, 4, stride=stride, squeeze_activation="swish")
+
+
 def test_residual_defaults_to_what_the_shape_allows():
     for block in (ffn, convfirst, mbconv):
         assert block(1, 8, 8, 16, 2).ops[-1].kind is OpKind.ADD
@@ -112,7 +135,10 @@ def test_residual_defaults_to_what_the_shape_allows():
         ({"expansion": 2, "out_channels": 0}, "out_channels must be a positive integer"),
         ({"channels": 20, "expansion": 2}, "20 channels do not divide into groups of 8; use a multiple of 8"),
         ({"expansion": 2, "stride": 3}, "stride 3 is not supported, use 1 or 2"),
-        ({"expansion": 2, "activation": "gelu"}, "'gelu' is not supported, use one of relu, silu"),
+        (
+            {"expansion": 2, "activation": "elu"},
+            "'elu' is not supported, use one of relu, silu, relu6, gelu, hardswish",
+        ),
         ({"expansion": 2, "kernel_size": 4}, "odd-sized, got 4x4"),
         ({"expansion": 2, "dtype": "float64"}, "'float64' is not supported"),
     ],
@@ -127,6 +153,30 @@ def test_convfirst_is_recovered_from_its_structure():
     assert match_convfirst(graph) == ConvFirstShape(2, 9, 7, 24, 72, 32, 12, "silu", False, "bfloat16", 3)
     shape = match_convfirst(convfirst(1, 8, 8, 16, hidden_channels=40, kernel_size=5))
     assert (shape.hidden_channels, shape.residual, shape.kernel_size) == (40, True, 5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_recovered(activation):
+    options = {"activation": activation}
+    graphs = [convfirst(1, 8, 8, 16, 2, **options), convfirst(1, 8, 8, 16, 2, stride=2, **options)]
+    graphs += [mbconv(1, 8, 8, 16, 2, **options), mbconv(1, 8, 8, 16, 2, stride=2, **options)]
+    graphs += [conv(1, 8, 8, 3, 16, stride=2, **options), head(1, 8, 8, 16, 32, **options)]
+    for graph in graphs:
+        assert block_shape(graph).activation == activation
+
+
+def test_convfirst_of_stride_2_without_a_blur_pool():
+    graph = convfirst(2, 9, 6, 24, 3, out_channels=32, stride=2, blur=False)
+    assert [op.name for op in graph.ops] == ["conv", "expand", "activation", "project"]
+    assert graph.op("conv").output.dims == (("N", 2), ("H", 5), ("W", 3), ("C", 24))
+    assert graph.ops_count == 2 * 2 * 5 * 3 * (9 * 8 * 24 + 24 * 72 + 72 * 32)
+    shape = match_convfirst(graph)
+    assert shape == ConvFirstShape(2, 9, 6, 24, 72, 32, 8, "relu", False, "float16", stride=2)
+    assert (shape.out_height, shape.out_width) == (5, 3)
+    assert shape.activation_bytes == 2 * 2 * (9 * 6 * 24 + 5 * 3 * 32)
+    assert block_fused(graph).bytes == shape.activation_bytes + 2 * sum(weight.size for weight in graph.weights())
+    assert convfirst(1, 8, 8, 16, 2, blur=False) == convfirst(1, 8, 8, 16, 2)
+    assert match_convfirst(convfirst(1, 1, 1, 16, 2, stride=2, blur=False, residual=True)) is None
 
 
 @pytest.mark.parametrize(

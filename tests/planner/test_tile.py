@@ -157,6 +157,18 @@ def test_predictions_against_measurements(sizes, tile, measured_us):
     assert predicted_us(ConvFirstTile(*tile), block(*sizes), H200) == pytest.approx(measured_us, rel=0.25)
 
 
+def test_a_convolution_of_stride_2_has_tiles_of_the_output():
+    strided = replace(SHAPE, residual=False, stride=2)
+    assert (strided.out_height, strided.out_width) == (32, 32)
+    half = replace(strided, height=32, width=32, stride=1)
+    for resource in (local_memory_bytes, tensor_memory_columns, programs_per_processor, why_invalid):
+        assert resource(TILE, strided, H200) == resource(TILE, half, H200)
+    assert estimated_registers(TILE, strided) == estimated_registers(TILE, half)
+    assert predicted_us(TILE, strided, H200) == predicted_us(TILE, half, H200)
+    odd = replace(strided, height=63, width=63)
+    assert predicted_us(TILE, odd, H200) == predicted_us(TILE, strided, H200)
+
+
 def test_predictions_grow_with_the_work():
     us = predicted_us(TILE, SHAPE, H200)
     assert predicted_us(TILE, replace(SHAPE, batch=256), H200) == pytest.approx(2 * us, rel=0.1)

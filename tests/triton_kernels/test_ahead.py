@@ -23,7 +23,14 @@ from fusion.planner.convfirst_down_tile import ConvFirstDownTile
 from fusion.planner.families import FAMILIES
 from fusion.planner.ffn_tile import BLOCK_PIXELS, PARTITIONS, FfnTile
 from fusion.planner.hopper_tile import HopperTile
-from fusion.planner.match import match_convfirst, match_convfirst_down, match_ffn, match_mbconv, match_mbconv_down
+from fusion.planner.match import (
+    match_convfirst,
+    match_convfirst_down,
+    match_ffn,
+    match_mbconv,
+    match_mbconv_down,
+    options_of,
+)
 from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
@@ -109,6 +116,28 @@ def check_memory(row, capability):
     assert (row["tensor_columns"] > 0) == (capability == (10, 0)), row
 
 
+@pytest.mark.parametrize("activation", ["relu6", "gelu", "hardswish"])
+def test_other_activations_take_the_place_of_relu(activation):
+    """Products of the same kind, as much shared memory, about as many registers, and no spills."""
+    shape = shape_of((24, 3, 64))
+    (relu,) = compiling(compile_block, shape, TILE).values()
+    (other,) = compiling(compile_block, replace(shape, activation=activation), TILE).values()
+    assert other.hgmma > 0 and (other.hmma, other.stack_bytes) == (0, 0), other
+    assert other.shared_bytes == relu.shared_bytes and other.registers <= 1.3 * relu.registers, other
+
+
+def test_resources_of_a_convolution_of_stride_2():
+    """Those of the same block with stride 1: as many products and copies, and nothing spills."""
+    options = ["--activation", "silu", "--tile", ",".join(map(str, TILE.to_ints()))]
+    (row,) = compiled_rows("--block", "convfirst-strided:24,4,56", *options)
+    graph = convfirst(128, 28, 28, 24, 4, out_channels=48, activation="silu")
+    (whole,) = compiling(compile_block, match_convfirst(graph), TILE).values()
+    assert row["kernel"] == "convfirst" and row["stack_bytes"] == 0
+    assert [row[name] for name in SAME] == [getattr(whole, name) for name in SAME], row
+    assert row["registers"] <= whole.registers + 16, row
+
+
+SAME = ("hgmma", "hmma", "shared_bytes", "wide_copies", "narrow_loads")
 DOWN_TILE = ConvFirstDownTile(128, 32, 16, 4)
 DOWN_BLOCKS = [(24, 6, 128), (32, 6, 64)]
 """Of two slabs each."""
@@ -295,14 +324,20 @@ def test_resources_of_the_stride_2_mbconv_kernels():
         assert (row["wide_copies"] > narrow_row["wide_copies"]) == (row["kernel"] == "produce"), (row, narrow_row)
 
 
-def mbconv_down_rows(tile, capabilities):
+def test_resources_of_the_stride_2_mbconv_kernels_without_a_blur():
+    tile = MBConvDownTile(128, 264, 16, 16, 64, 64, 16, 128, 4, 3, 16, 64, 32, 128, 4, 3)
+    mbconv_down_rows(tile, ("9.0", "8.0"), blur=False)
+    mbconv_down_rows(replace(tile, conv_slab=32, quads=64), ("9.0",), blur=False)
+
+
+def mbconv_down_rows(tile, capabilities, blur=True):
     """Resources of both kernels of a block with a tile, checked."""
     options = ["--capability", *capabilities, "--mbconv-down-tile", ",".join(map(str, tile.to_ints()))]
-    rows = compiled_rows("--block", "mbconv-down:48,4,32", *options)
+    rows = compiled_rows("--block", f"mbconv-{'down' if blur else 'strided'}:48,4,32", *options)
     compiled = [(row["kernel"], tuple(row["capability"])) for row in rows]
     kernels = [(kernel, capability) for capability in capabilities for kernel in ("produce", "project")]
     assert [(kernel, ".".join(map(str, pair))) for kernel, pair in compiled] == kernels
-    shape = match_mbconv_down(mbconv(128, 32, 32, 48, 4, out_channels=96, stride=2))
+    shape = match_mbconv_down(mbconv(128, 32, 32, 48, 4, out_channels=96, stride=2, blur=blur))
     for row, (_, capability) in zip(rows, compiled, strict=True):
         check_instructions(row, capability)
         assert row["stack_bytes"] <= (0 if capability == (9, 0) else 32), row
@@ -351,8 +386,7 @@ def mbconv_products(tile, shape):
     of the projection's steps. A tile is convolved by six products for each of two groups.
     """
     channels = shape.in_channels, shape.hidden_channels, shape.out_channels, shape.squeeze_channels
-    options = {"activation": shape.activation, "residual": shape.residual, "tile": tile}
-    spec = mbconv_hopper.constants(shape.height, shape.width, *channels, **options)
+    spec = mbconv_hopper.constants(shape.height, shape.width, *channels, **options_of(shape), tile=tile)
     if spec.at_once:
         sweeps, pieces, tiles = spec.together, spec.together, spec.together * spec.columns
     else:
@@ -363,6 +397,36 @@ def mbconv_products(tile, shape):
     project = spec.passes * spec.chunk * tile.step // 16 * len(spec.products) * rows
     squeeze_and_excite = (sweeps + spec.sweeps) * spec.squeeze_depths
     return pieces * spec.depths + project, 12 * tiles + squeeze_and_excite
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [MBConvTile(8, 4, 4, 32, 32, 32, 2, 2, 16, 32, 32, 2, 2), MBConvHopperTile(4, 1, 32, 2)],
+    ids=lambda tile: type(tile).__name__,
+)
+def test_silu_inside_of_squeeze_and_excitation_takes_the_place_of_relu(tile):
+    """The same products, and no more spills."""
+    shape = match_mbconv(mbconv(128, 4, 4, 24, 3))
+    relu = compiling(compile_block, shape, tile)
+    silu = compiling(compile_block, replace(shape, squeeze_activation="silu"), tile)
+    assert relu.keys() == silu.keys()
+    for name, found in silu.items():
+        assert (found.hgmma, found.hmma) == (relu[name].hgmma, relu[name].hmma), found
+        assert found.stack_bytes <= relu[name].stack_bytes, found
+
+
+@pytest.mark.parametrize(
+    "channels, hidden, out_channels, size, stride",
+    [(80, 480, 112, 14, 1), (192, 1152, 192, 7, 1), (24, 144, 40, 56, 2), (112, 672, 192, 14, 2)],
+)
+def test_resources_of_5x5_convolutions(channels, hidden, out_channels, size, stride):
+    """With the planned tile, on tensor cores, without loads of single elements, and nothing spills."""
+    sizes = {"hidden_channels": hidden, "out_channels": out_channels, "squeeze_channels": channels // 4}
+    graph = mbconv(128, size, size, channels, **sizes, stride=stride, kernel_size=5, blur=False)
+    plan = plan_block(graph, "h200")
+    found = compiling(compile_block, plan.shape, plan.tile)["produce"]
+    assert found.hmma + found.hgmma > 0 and found.wide_copies > 0, found
+    assert (found.stack_bytes, found.narrow_loads) == (0, 0), found
 
 
 def test_unsupported_blocks_are_refused():

@@ -65,6 +65,8 @@ CASES = [
     # Both activations, with every kind of border.
     Case(16, 32, 24, size=(5, 7), batch=2),
     Case(24, 48, 16, size=(5, 7), batch=2, activation="silu"),
+    # The others, on hidden channels that are padded.
+    *(Case(16, 40, 16, size=(3, 4), activation=activation) for activation in ("relu6", "gelu", "hardswish")),
     # Images of one output pixel, of edges only, even and odd, and long.
     *(Case(16, 32, 16, size=size) for size in ((2, 2), (2, 3), (3, 2), (3, 3), (3, 4), (4, 5), (2, 19), (13, 2))),
     # Output pixels of several images in a program, and of several programs in an image.

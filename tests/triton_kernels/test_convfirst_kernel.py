@@ -34,13 +34,15 @@ class Case:
     batch: int = 1
     activation: str = "relu"
     residual: bool = False
+    stride: int = 1
     tile: ConvFirstTile = SMALL
 
     def __str__(self):
         channels = f"{self.channels}-{self.hidden}-{self.out_channels or self.channels}"
         image = "x".join(map(str, (self.batch, *self.size)))
         tile = ",".join(map(str, self.tile.to_ints()))
-        return f"{channels}g{self.group_width}-{image}-{self.activation}{'+x' * self.residual}-{tile}"
+        flags = "+x" * self.residual + "-stride2" * (self.stride == 2)
+        return f"{channels}g{self.group_width}-{image}-{self.activation}{flags}-{tile}"
 
     def graph(self, dtype="float16"):
         return convfirst_graph(
@@ -49,10 +51,12 @@ class Case:
             self.channels,
             hidden_channels=self.hidden,
             out_channels=self.out_channels,
+            stride=self.stride,
             group_width=self.group_width,
             activation=self.activation,
             residual=self.residual,
             dtype=dtype,
+            blur=False,
         )
 
 
@@ -69,6 +73,13 @@ CASES = [
     Case(16, 48, batch=2),
     Case(16, 48, batch=2, activation="silu"),
     Case(16, 48, batch=2, activation="silu", residual=True),
+    # The others, on hidden channels that are padded.
+    *(Case(16, 40, activation=activation) for activation in ("relu6", "gelu", "hardswish")),
+    # A convolution of stride 2: outputs of one pixel, smaller than a tile, equal to it, one pixel larger, and long, of
+    # an odd and an even number of rows and columns.
+    *(Case(16, 32, size=size, stride=2) for size in ((1, 1), (2, 3), (7, 16), (8, 15), (9, 17), (1, 35), (26, 2))),
+    Case(72, 48, out_channels=40, size=(9, 11), batch=3, stride=2, activation="silu"),
+    Case(32, 64, size=(6, 7), group_width=32, stride=2, activation="gelu"),
     # Images of one pixel, smaller than a tile, equal to it, one pixel larger, and long.
     *(Case(16, 32, size=size, residual=True) for size in ((1, 1), (3, 2), (4, 8), (5, 9), (1, 19), (13, 1))),
     Case(24, 48, size=(9, 11), batch=3, residual=True),
@@ -98,13 +109,13 @@ def random_input(*size, device, dtype):
 def apply_reference(x, weights, case):
     """The block in the dtype of `x`."""
     tensors = (weights.conv, weights.expand, weights.expand_bias, weights.project, weights.project_bias)
-    return convfirst(x, *(w.to(x.device) for w in tensors), case.activation, case.residual)
+    return convfirst(x, *(w.to(x.device) for w in tensors), case.activation, case.residual, case.stride)
 
 
 def check(case, dtype, device, random_weights, run_kernel, assert_within_rule, tile=None):
     weights = random_weights(case.channels, case.hidden, case.out_channels, case.group_width)
     x = random_input(case.batch, case.channels, *case.size, device=device, dtype=dtype)
-    out = run_kernel(x, weights, tile or case.tile, case.activation, case.residual)
+    out = run_kernel(x, weights, tile or case.tile, case.activation, case.residual, case.stride)
     assert_within_rule(out, apply_reference(x, weights, case), apply_reference(x.double(), weights, case))
 
 
@@ -148,20 +159,22 @@ def test_sums_are_fp32(device, random_weights, run_kernel):
     assert ((out.double() - exact).norm() / exact.norm()).item() < 2e-3
 
 
-def test_reads_and_writes_its_own_images_only(device, random_weights):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_reads_and_writes_its_own_images_only(stride, device, random_weights):
     """What lies before and after the images in memory is neither read nor written."""
     from fusion.triton_kernels.convfirst import launch
 
     weights = random_weights(24, 48)
     x, out = (
-        torch.full((4, 24, 5, 7), float("nan"), dtype=torch.float16, device=device).contiguous(
+        torch.full((4, 24, *size), float("nan"), dtype=torch.float16, device=device).contiguous(
             memory_format=torch.channels_last
         )
-        for _ in range(2)
+        for size in ((5, 7), (-(-5 // stride), -(-7 // stride)))
     )
     x[1] = random_input(24, 5, 7, device=device, dtype=torch.float16)
     packed = weights.pack(SMALL, x.dtype, device).tensors()
-    launch(x[1:3], *packed, out[1:3], activation="relu", residual=True, tile=SMALL)
+    options = {"activation": "relu", "residual": stride == 1, "stride": stride}
+    launch(x[1:3], *packed, out[1:3], **options, tile=SMALL)
     assert out[1].isfinite().all()
     assert out[[0, 3]].isnan().all()
 
@@ -175,6 +188,8 @@ GPU_CASES = [
     Case(16, 48, size=(33, 47), batch=8, residual=True),
     Case(24, 72, out_channels=40, size=(33, 47), batch=8),
     Case(144, 288, size=(14, 14), batch=8, residual=True),
+    Case(48, 192, size=(33, 47), batch=8, activation="gelu", residual=True),
+    Case(64, 256, out_channels=128, size=(55, 56), batch=8, activation="hardswish", stride=2),
 ]
 
 

@@ -67,7 +67,7 @@ CASES = [
     *(Case(16, 32, size=size, batch=3) for size in ((1, 1), (4, 4), (1, 17), (8, 8), (9, 11))),
     # Images that fill the last program, and images that do not.
     *(Case(24, 40, size=(4, 4), batch=batch, tile=HeadTile(16, 16, 3, 1, 3)) for batch in (1, 2, 3, 4, 7)),
-    *(Case(24, 40, batch=2, activation=activation) for activation in ("relu", "none")),
+    *(Case(24, 40, batch=2, activation=activation) for activation in ("relu", "none", "relu6", "gelu", "hardswish")),
     *(
         Case(24, 40, batch=2, tile=HeadTile(*tile))
         for tile in ((64, 64, 1, 4, 2), (32, 16, 5, 1, 4), (16, 128, 1, 8, 2))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fusion.planner.match import MBConvDownShape
+from fusion.planner.match import MBConvDownShape, options_of
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile, local_memory_bytes, why_invalid
 from fusion.planner.mbconv_hopper_tile import COMPILER_BYTES
 from fusion.planner.processor import PROCESSORS
@@ -23,15 +23,20 @@ class Case:
     most_stack_bytes: int = 0
     activation: str = "silu"
     dtype: str = "float16"
+    squeeze_activation: str = "relu"
+    blur: bool = True
 
     def __str__(self):
         size, tile = "x".join(map(str, self.size)), ",".join(map(str, self.tile))
-        return f"{self.channels}-{self.out_channels}-{size}-{self.activation}-{tile}-{self.dtype}"
+        activations = f"{self.activation}-{self.squeeze_activation}"
+        strided = "-strided" * (not self.blur)
+        return f"{self.channels}-{self.out_channels}-{size}-{activations}{strided}-{tile}-{self.dtype}"
 
     @property
     def shape(self):
         channels = self.channels, 4 * self.channels, self.out_channels, max(1, self.channels // 4)
-        return MBConvDownShape(128, *self.size, *channels, 8, self.activation, self.dtype)
+        options = {"squeeze_activation": self.squeeze_activation, "blur": self.blur}
+        return MBConvDownShape(128, *self.size, *channels, 8, self.activation, self.dtype, **options)
 
 
 CASES = [
@@ -44,7 +49,11 @@ CASES = [
     Case(96, 256, (32, 32), (32, 4, 0)),
     # Masks.
     Case(72, 24, (14, 10), (32, 4, 1), activation="relu"),
-    Case(72, 192, (30, 28), (64, 3, 0)),
+    Case(72, 192, (30, 28), (64, 3, 0), squeeze_activation="silu"),
+    # No blur: one tile a column and two, a last sweep that is split.
+    Case(128, 128, (16, 16), (32, 6, 1), blur=False),
+    Case(40, 80, (28, 28), (32, 6, 0), blur=False),
+    Case(24, 40, (15, 13), (32, 6, 1), blur=False, dtype="bfloat16"),
 ]
 
 
@@ -66,17 +75,19 @@ def products(tile, shape):
 
     It has a loop over sweeps and maybe a half one. In each are the first piece, a loop over others, and the last one;
     a tile is convolved by six products for each of two groups, where two tiles of the first column share what is left
-    of them. And a loop over chunks of the projection's steps.
+    of them. Without a blur the first piece is one of the loop, and pieces are convolved by as many products as such a
+    tile. And a loop over chunks of the projection's steps.
     """
     channels = shape.in_channels, shape.hidden_channels, shape.out_channels, shape.squeeze_channels
-    spec = constants(shape.height, shape.width, *channels, activation=shape.activation, tile=tile)
+    spec = constants(shape.height, shape.width, *channels, **options_of(shape), tile=tile)
     projected = spec.projected
     sweeps = (projected.whole_sweeps > 0) + projected.split
     rows = max(1, projected.rows // 128)
     project = projected.passes * projected.chunk * tile.step // 16 * len(projected.products) * rows
-    convolve = 12 * 12 - 4 * (spec.tiles_of_column - 1)
+    convolve = 12 * 12 - 4 * (spec.tiles_of_column - 1) if shape.blur else 2 * 12
     squeeze_and_excite = (sweeps + projected.sweeps) * projected.squeeze_depths
-    return 3 * sweeps * projected.depths + project, convolve * sweeps + squeeze_and_excite
+    expand = (3 if shape.blur else 2) * sweeps * projected.depths
+    return expand + project, convolve * sweeps + squeeze_and_excite
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled in this process")

@@ -12,7 +12,7 @@ from fusion import kernels
 from fusion.down_modules import FusedMBConvDown
 from fusion.mbconv_down_hopper_op import mbconv_down_hopper as mbconv_down_hopper_op
 from fusion.planner.blocks import mbconv as mbconv_graph
-from fusion.planner.match import match_mbconv_down
+from fusion.planner.match import match_mbconv_down, options_of
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile, candidate_tiles, why_invalid
 from fusion.planner.mbconv_hopper_tile import LOCAL_MEMORY_BYTES
 from fusion.planner.plan import plan_block
@@ -44,11 +44,15 @@ class Case:
     batch: int = 3
     activation: str = "silu"
     dtype: torch.dtype = torch.float16
+    squeeze_activation: str = "relu"
+    blur: bool = True
 
     def __str__(self):
         channels = f"{self.channels}-{self.hidden}-{self.out_channels}s{self.squeeze}"
         image = "x".join(map(str, (self.batch, *self.size)))
-        return f"{channels}-{image}-{self.activation}-{','.join(map(str, self.planned.to_ints()))}-{self.dtype_name}"
+        activations = f"{self.activation}-{self.squeeze_activation}"
+        tile = ",".join(map(str, self.planned.to_ints())) + "-strided" * (not self.blur)
+        return f"{channels}-{image}-{activations}-{tile}-{self.dtype_name}"
 
     @property
     def dtype_name(self):
@@ -76,6 +80,8 @@ class Case:
             stride=2,
             squeeze_channels=self.squeeze,
             activation=self.activation,
+            squeeze_activation=self.squeeze_activation,
+            blur=self.blur,
             dtype=self.dtype_name,
         )
         return match_mbconv_down(graph)
@@ -131,6 +137,9 @@ DOWN4 = [
     Case(256, 768, 256, (14, 16), (32, 3), squeeze=64, activation="relu"),
     Case(128, 512, 128, (16, 16), (64, 3), squeeze=32, dtype=torch.bfloat16),
     Case(24, 72, 40, (10, 6), dtype=torch.bfloat16, activation="relu"),
+    # The other activation inside of squeeze-and-excitation.
+    Case(128, 512, 128, (16, 16), (32, 6), squeeze=32, squeeze_activation="silu"),
+    Case(40, 160, 112, (10, 16), squeeze=3, activation="relu", squeeze_activation="silu"),
 ]
 DOWN3 = [
     # Two tiles a column. The networks' blocks.
@@ -172,33 +181,62 @@ DOWN3 = [
     Case(96, 384, 256, (30, 32), (32, 3), squeeze=24, activation="relu"),
     Case(72, 288, 192, (32, 32), (64, 3), squeeze=18, dtype=torch.bfloat16),
     Case(24, 72, 40, (26, 22), dtype=torch.bfloat16, activation="relu"),
+    # The other activation inside of squeeze-and-excitation.
+    Case(48, 192, 128, (32, 32), (32, 6), squeeze=100, dtype=torch.bfloat16, squeeze_activation="silu"),
+    Case(24, 168, 40, (26, 24), squeeze_activation="silu", streams=True),
 ]
-CASES = DOWN4 + DOWN3
+STRIDED = [
+    replace(case, blur=False)
+    for case in (
+        # One tile a column: images that fill rows and columns and that do not, of both parities, down to one pixel.
+        Case(128, 512, 128, (16, 16), (32, 6), squeeze=32),
+        Case(256, 1024, 256, (16, 16), (32, 6), squeeze=64, batch=140),
+        Case(40, 240, 80, (14, 14), squeeze=10, squeeze_activation="silu"),
+        Case(24, 72, 24, (15, 13), batch=5),
+        Case(72, 288, 72, (9, 16), (64, 2), squeeze=18, streams=True),
+        Case(16, 136, 24, (1, 1), batch=5),
+        Case(16, 72, 24, (16, 1)),
+        Case(24, 136, 208, (11, 31), activation="relu"),
+        Case(24, 72, 40, (10, 6), dtype=torch.bfloat16, streams=True),
+        # Two tiles a column. Hidden channels that stay and that do not, a last sweep that is split.
+        Case(48, 192, 104, (32, 32), (32, 6), squeeze=12),
+        Case(40, 240, 80, (28, 28), (32, 6), squeeze=10, squeeze_activation="silu", batch=140),
+        Case(96, 384, 256, (31, 32), (32, 4), squeeze=24),
+        Case(24, 168, 24, (32, 4), streams=True),
+        Case(24, 40, 24, (25, 23), streams=True, batch=5, activation="relu"),
+        Case(24, 168, 24, (20, 6), streams=True),
+        Case(8, 8, 8, (17, 1), (32, 2), squeeze=3, batch=5),
+        Case(24, 72, 40, (27, 22), dtype=torch.bfloat16),
+    )
+]
+CASES = DOWN4 + DOWN3 + STRIDED
 
 
 def empty_output(x, channels):
     """Full of NaN."""
     batch, _, height, width = x.shape
-    out = torch.full((batch, channels, height // 2, width // 2), float("nan"), dtype=x.dtype, device=x.device)
+    out = torch.full((batch, channels, -(-height // 2), -(-width // 2)), float("nan"), dtype=x.dtype, device=x.device)
     return out.contiguous(memory_format=torch.channels_last)
 
 
 def run_kernel(x, weights, case, packed=None, out=None):
     packed = packed or kernels.pack(weights, case.planned, x.dtype, x.device)
     out = empty_output(x, weights.out_channels) if out is None else out
-    kernels.launch(x, packed, out, case.planned, weights, activation=case.activation, residual=False)
+    kernels.launch(x, packed, out, case.planned, weights, **options_of(case.shape()))
     return out
 
 
 def run_op(x, weights, case):
     packed = kernels.pack(weights, case.planned, x.dtype, x.device).tensors()
     sizes = case.hidden, weights.out_channels, case.squeeze
-    return mbconv_down_hopper_op(x, *packed, *sizes, case.activation, case.planned.to_ints())
+    options = case.activation, case.squeeze_activation, case.blur
+    return mbconv_down_hopper_op(x, *packed, *sizes, *options, case.planned.to_ints())
 
 
 def apply_reference(x, weights, case):
     """The block in the dtype of `x`."""
-    return mbconv_down(x, *(w.to(x.device) for w in vars(weights).values()), case.activation)
+    tensors = (w.to(x.device) for w in vars(weights).values())
+    return mbconv_down(x, *tensors, **options_of(case.shape()))
 
 
 def check(case, random_mbconv_weights, assert_within_rule):
@@ -237,6 +275,10 @@ ONE_PIXEL_CASES = [
     Case(8, 8, 8, (32, 32), squeeze=3, batch=1, activation="relu", streams=True),
     Case(8, 8, 8, (26, 20), squeeze=3, batch=1, activation="relu", streams=True),
     Case(8, 8, 8, (26, 22), squeeze=3, batch=1, activation="relu"),
+    Case(8, 8, 8, (16, 16), squeeze=3, batch=1, activation="relu", blur=False),
+    Case(8, 8, 8, (11, 9), squeeze=3, batch=1, activation="relu", blur=False),
+    Case(8, 8, 8, (32, 32), squeeze=3, batch=1, activation="relu", streams=True, blur=False),
+    Case(8, 8, 8, (25, 21), squeeze=3, batch=1, activation="relu", blur=False),
 ]
 
 
@@ -260,6 +302,8 @@ GPU_CASES = [
     Case(72, 360, 200, (14, 12), squeeze=18, batch=5),
     Case(48, 192, 128, (32, 32), squeeze=12, batch=5),
     Case(96, 384, 256, (30, 32), squeeze=24, batch=5, dtype=torch.bfloat16),
+    Case(40, 240, 80, (28, 28), squeeze=10, batch=5, blur=False),
+    Case(128, 512, 128, (15, 16), squeeze=32, batch=5, blur=False),
 ]
 
 
@@ -284,6 +328,8 @@ LAUNCH_CASES = [
     Case(48, 192, 128, (32, 32), (32, 6), squeeze=12, batch=5),
     Case(24, 72, 40, (26, 22), batch=7),
     Case(24, 168, 40, (26, 24), batch=7, streams=True),
+    Case(24, 72, 24, (13, 15), batch=7, blur=False),
+    Case(24, 168, 40, (25, 24), batch=7, streams=True, blur=False),
 ]
 
 
@@ -313,11 +359,18 @@ def test_reads_nothing_of_the_workspace_that_it_has_not_written(case, random_mbc
     assert torch.equal(run_kernel(x, weights, case, packed), out)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (14, 10), (2, 4), (32, 32), (22, 26)], ids=str)
+@pytest.mark.parametrize(
+    "size, blur",
+    [
+        *((size, True) for size in ((16, 16), (14, 10), (2, 4), (32, 32), (22, 26))),
+        *((size, False) for size in ((16, 16), (13, 9), (25, 31))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("out_channels", [24, 32, 72])
-def test_reads_and_writes_its_own_images_only(out_channels, size, random_mbconv_weights):
+def test_reads_and_writes_its_own_images_only(out_channels, size, blur, random_mbconv_weights):
     """What lies before and after the images in memory is neither read nor written, even if a program has room."""
-    case = Case(24, 72, out_channels, size, batch=5)
+    case = Case(24, 72, out_channels, size, batch=5, blur=blur)
     weights, x = case.weights(random_mbconv_weights), case.input()
     expected = run_kernel(x[1:4].clone(memory_format=torch.channels_last), weights, case)
     x[[0, 4]] = float("nan")
@@ -335,6 +388,8 @@ NEIGHBOUR_CASES = [
     Case(24, 384, 200, (32, 32), batch=5),
     Case(24, 72, 24, (26, 30), batch=5),
     Case(24, 192, 24, (26, 32), batch=5, streams=True),
+    Case(24, 72, 24, (7, 9), batch=5, blur=False),
+    Case(24, 192, 24, (25, 31), batch=5, streams=True, blur=False),
 ]
 
 
@@ -422,5 +477,5 @@ def test_a_module_takes_the_kernel(dtype, channels, out_channels, size, random_m
     out = fused(x)
     packed = kernels.pack(weights, plan.tile, x.dtype, x.device).tensors()
     sizes = case.hidden, weights.out_channels, case.squeeze
-    assert torch.equal(mbconv_down_hopper_op(x, *packed, *sizes, "silu", plan.tile.to_ints()), out)
+    assert torch.equal(mbconv_down_hopper_op(x, *packed, *sizes, "silu", "relu", True, plan.tile.to_ints()), out)
     assert_within_rule(out, apply_reference(x, weights, case), apply_reference(x.double(), weights, case))

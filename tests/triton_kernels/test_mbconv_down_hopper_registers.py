@@ -1,5 +1,7 @@
 """The assembly of the stride-2 MBConv kernel on Hopper, run for one warp in numpy."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -21,17 +23,19 @@ SIZES = [(16, 16), (32, 32), (12, 10), (2, 4), (16, 6), (30, 28), (18, 4), (32, 
 
 @pytest.fixture
 def case(random_mbconv_weights):
-    """`(size, activation) -> ` constants, taps and bias of a lane, what the expansion gives, and the result."""
+    """`(size, activation, blur=True) -> ` constants, packed weights, what the expansion gives, and the result."""
 
-    def make(size, activation):
+    def make(size, activation, blur=True):
         weights = random_mbconv_weights(8, HIDDEN, 8, 3)
         packed = pack_mbconv_hopper(weights, TILE, torch.float16, "cpu")
-        spec = constants(*size, 8, HIDDEN, 8, 3, activation=activation, tile=TILE)
+        options = {"activation": activation, "squeeze_activation": "relu", "blur": blur}
+        spec = constants(*size, 8, HIDDEN, 8, 3, **options, tile=TILE)
         torch.manual_seed(0)
         h = torch.randn(HIDDEN, *size, dtype=torch.float64)
         activate = {"silu": F.silu, "relu": F.relu}[activation]
-        y = F.conv2d(activate(h)[None], weights.conv, weights.conv_bias, padding=1, groups=2)
-        return spec, packed, h, blur_pool(activate(y))[0]
+        y = F.conv2d(activate(h)[None], weights.conv, weights.conv_bias, 1 if blur else 2, padding=1, groups=2)
+        y = activate(y)
+        return spec, packed, h, (blur_pool(y) if blur else y)[0]
 
     return make
 
@@ -68,9 +72,9 @@ class Warp:
                 row = lane // 4 * spec.rows_of_lane + 2 * tile + half
                 masks += [self.inside(row, column, height, width)] * 4
         if self.tiles == 1:
-            text = registers.activate_text(spec.produced, dtype_name())
+            text = registers.activate_text(spec.produced, dtype_name(), spec.blur)
         else:
-            text = down.activate_pair_text(spec.produced, spec.exact, dtype_name())
+            text = down.activate_pair_text(spec.produced, spec.exact, dtype_name(), spec.blur)
         outs = run(text, 8 * self.tiles, sums + masks)
         return [outs[8 * tile : 8 * tile + 8] for tile in range(self.tiles)]
 
@@ -105,6 +109,26 @@ class Warp:
                 z[channel, lane // 4 * self.tiles + half] = halves(register)[:, bit]
         return z, pool
 
+    def strided(self, tiles, tile, pool):
+        """As `down.convolve_strided`: a tile of the output, [16 hidden, rows, columns], and the pool."""
+        spec, lane, sums = self.spec, self.lane, self.bias
+        other = 3 - self.tiles
+        for column, (outer, which, same) in enumerate(((0, 0, 3), (1, 1, 3), (2, 0, 4))):
+            pair_of_tiles = tiles[column * self.tiles] + tiles[column * self.tiles + other]
+            sums = run(down.strided_outer_text(dtype_name()), 8, [*pair_of_tiles, *self.taps[outer], *sums])
+            sums = run(down.strided_same_text(dtype_name(), which), 8, [*pair_of_tiles, *self.taps[same], *sums])
+        # Halves of a tile are two columns, or even and odd rows.
+        places = [(lane // 4, 2 * tile + h) if self.tiles == 1 else (lane // 4 * 2 + h, tile) for h in range(2)]
+        height, width = spec.projected.height, spec.projected.width
+        mask = [self.inside(*place, height, width) for place in places for _ in range(4)]
+        outs = run(registers.finish_text(spec.projected, spec.exact, dtype_name()), 12, [*sums, *pool, *mask])
+        z = np.zeros((HIDDEN, 8 * self.tiles, 2 // self.tiles))
+        for group, half in product(range(2), range(2)):
+            row, column = places[half]
+            for bit in range(2):
+                z[8 * group + lane % 4 * 2 + bit, row, column - places[0][1]] = halves(outs[2 * group + half])[:, bit]
+        return z, outs[4:]
+
 
 def dtype_name():
     """Any but bfloat16."""
@@ -132,15 +156,42 @@ def blur(warp, h):
     return np.stack(out, -1), pool
 
 
+def stride(warp, h):
+    """As `blur`, for a convolution of stride 2: a piece of columns after the other."""
+    spec = warp.spec
+    window = [[np.zeros(32, np.uint32)] * 8] * warp.tiles
+    pool = [np.zeros(32, np.float32)] * 8
+    out = []
+    for piece in range(spec.columns // spec.piece_columns):
+        columns = range(piece * spec.piece_columns, (piece + 1) * spec.piece_columns)
+        tiles = [tile for column in columns for tile in warp.activated(h, column)]
+        z, pool = warp.strided(window + tiles, piece, pool)
+        out.append(z)
+        window = tiles[-warp.tiles :]
+    return np.concatenate(out, -1), pool
+
+
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_warp_convolves_and_blurs(size, activation, case):
     spec, packed, h, expected = case(size, activation)
     out, pool = blur(Warp(spec, packed), h.numpy().astype(np.float32))
+    check(out, pool, spec.tiles_of_column == 2, expected)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (15, 13), (1, 1), (2, 1), (31, 29), (17, 5)], ids=str)
+def test_a_warp_convolves_with_stride_2(size, case):
+    spec, packed, h, expected = case(size, "silu", blur=False)
+    out, pool = stride(Warp(spec, packed), h.numpy().astype(np.float32))
+    check(out, pool, True, expected)
+
+
+def check(out, pool, by_halves, expected):
+    """The pool has eight registers if it is one of both halves of a tile."""
     height, width = expected.shape[1:]
     np.testing.assert_allclose(out[:, :height, :width], expected.numpy(), rtol=2e-3, atol=2e-3)
     values = [register.view(np.float32) for register in pool]
-    if spec.tiles_of_column == 2:
+    if by_halves:
         values = [values[4 * group + c] + values[4 * group + 2 + c] for group in range(2) for c in range(2)]
     # [groups, channels of a pair, lanes, pairs]
     sums = np.stack(values).reshape(2, 2, 8, 4).sum(2).transpose(0, 2, 1).reshape(HIDDEN)

@@ -53,12 +53,17 @@ class Case:
     activation: str = "silu"
     ordered: bool = False
     tile: MBConvDownTile = TILE
+    squeeze_activation: str = "relu"
+    blur: bool = True
+    kernel_size: int = 3
 
     def __str__(self):
         channels = f"{self.channels}-{self.hidden}-{self.out_channels or self.channels}s{self.squeeze}"
         image = "x".join(map(str, (self.batch, *self.size)))
         tile = ",".join(map(str, self.tile.to_ints()))
-        return f"{channels}g{self.group_width}-{image}-{self.activation}{'-ordered' * self.ordered}-{tile}"
+        activations = f"{self.activation}-{self.squeeze_activation}"
+        flags = "-ordered" * self.ordered + "-strided" * (not self.blur)
+        return f"{channels}g{self.group_width}k{self.kernel_size}-{image}-{activations}{flags}-{tile}"
 
     def shape(self, dtype="float16"):
         graph = mbconv_graph(
@@ -71,12 +76,16 @@ class Case:
             squeeze_channels=self.squeeze,
             group_width=self.group_width,
             activation=self.activation,
+            squeeze_activation=self.squeeze_activation,
+            blur=self.blur,
+            kernel_size=self.kernel_size,
             dtype=dtype,
         )
         return match_mbconv_down(graph)
 
     def weights(self, random_mbconv_weights):
-        return random_mbconv_weights(self.channels, self.hidden, self.out_channels, self.squeeze, self.group_width)
+        sizes = self.channels, self.hidden, self.out_channels, self.squeeze, self.group_width, self.kernel_size
+        return random_mbconv_weights(*sizes)
 
     def input(self, device, dtype=torch.float16):
         torch.manual_seed(sum(self.size) + self.channels)
@@ -109,6 +118,11 @@ CASES = [
     # Programs: one for all parts, as many as there are parts, and more.
     *(Case(16, 32, batch=2, size=(9, 9), tile=replace(TILE, programs=programs)) for programs in (1, 8, 100)),
     Case(24, 72, batch=3, size=(9, 5), ordered=True),
+    # The other activation inside of squeeze-and-excitation.
+    Case(24, 72, squeeze=6, squeeze_activation="silu"),
+    Case(16, 32, squeeze=33, batch=2, activation="relu", ordered=True, squeeze_activation="silu"),
+    # Activations, on hidden channels that are padded.
+    *(Case(16, 24, size=(4, 3), activation=activation) for activation in ("relu6", "gelu", "hardswish")),
     # Groups from depth-wise to one that is a whole slab.
     *(Case(16, 32, group_width=width, activation="relu") for width in (1, 16)),
     Case(16, 64, group_width=32, tile=replace(TILE, conv_slab=32)),
@@ -120,39 +134,74 @@ CASES = [
     # A squeeze layer so wide that fewer hidden channels are blurred together than a part has.
     Case(16, 48, squeeze=200, size=(9, 9)),
 ]
+STRIDED_CASES = [
+    replace(case, blur=False)
+    for case in (
+        Case(24, 96, out_channels=40, squeeze=6),
+        Case(8, 8, squeeze=1, activation="relu", squeeze_activation="silu"),
+        # From the smallest image on, less than a tile of the output, equal to it, and such that are no multiple of it.
+        *(Case(16, 32, size=size) for size in ((1, 1), (2, 1), (1, 9), (2, 3), (4, 5), (7, 8), (8, 8), (9, 11))),
+        # Parts of as many pixels as are convolved together, more and fewer; tiles of a column and of a row.
+        Case(24, 48, size=(16, 15), tile=replace(TILE, height=8, width=8)),
+        Case(24, 48, size=(13, 16), tile=replace(TILE, height=8, width=16, quads=128)),
+        Case(16, 32, size=(5, 34), tile=replace(TILE, height=1, width=8, quads=16, warps=2)),
+        Case(16, 32, size=(19, 4), tile=replace(TILE, height=8, width=1)),
+        # Micro-batches, programs that take several parts, sums in order.
+        Case(16, 48, batch=3, size=(9, 9), tile=replace(TILE, images=2, programs=1)),
+        Case(24, 72, batch=2, size=(9, 5), ordered=True),
+        # Slabs that fill their steps with neighbours, and wider ones.
+        Case(16, 64, group_width=32, tile=replace(TILE, conv_slab=32)),
+        Case(16, 64, group_width=64, tile=replace(TILE, hidden=64, conv_slab=64, stages=2)),
+        Case(40, 80, group_width=1, tile=replace(TILE, hidden=128, copy_bytes=8)),
+        Case(16, 48, squeeze=200),
+        # 5x5: images smaller than what a pixel needs, than a tile and its neighbours, equal to that, larger.
+        *(
+            Case(16, 32, size=size, kernel_size=5)
+            for size in ((1, 1), (3, 3), (2, 9), (7, 7), (8, 8), (9, 11), (11, 11), (14, 17))
+        ),
+        Case(24, 40, out_channels=40, batch=3, size=(9, 5), ordered=True, squeeze_activation="silu", kernel_size=5),
+        Case(24, 48, size=(21, 28), tile=replace(TILE, height=8, width=16, quads=128, programs=1), kernel_size=5),
+        Case(16, 32, size=(19, 4), tile=replace(TILE, height=8, width=1, copy_bytes=8), kernel_size=5),
+        Case(16, 64, group_width=32, tile=replace(TILE, conv_slab=32), kernel_size=5),
+        Case(16, 64, group_width=64, tile=replace(TILE, hidden=64, conv_slab=64, stages=2), kernel_size=5),
+        Case(16, 32, size=(9, 9), group_width=1, activation="relu", kernel_size=5),
+    )
+]
 
 
 def apply_reference(x, weights, case):
     """The block in the dtype of `x`."""
-    return mbconv_down(x, *(w.to(x.device) for w in vars(weights).values()), case.activation)
+    tensors = (w.to(x.device) for w in vars(weights).values())
+    return mbconv_down(x, *tensors, case.activation, case.squeeze_activation, case.blur)
 
 
-def run_kernels(x, weights, tile, activation="silu", ordered=False):
+def run_kernels(x, weights, tile, activation="silu", ordered=False, squeeze_activation="relu", blur=True):
     """By the kernels' launcher, with output and workspace full of NaN."""
     from fusion.triton_kernels.mbconv_down import launch, new_workspace
 
     x = x.contiguous(memory_format=torch.channels_last)
     packed = weights.pack(tile, x.dtype, x.device).tensors()
-    names = ("hidden_channels", "out_channels", "squeeze_channels")
+    names = ("hidden_channels", "out_channels", "squeeze_channels", "kernel_size")
     sizes = {name: getattr(weights, name) for name in names}
-    workspace = new_workspace(x, **sizes, ordered=ordered, tile=tile)
+    workspace = new_workspace(x, **sizes, ordered=ordered, tile=tile, blur=blur)
     batch, _, height, width = x.shape
     out = torch.empty(batch, weights.out_channels, -(-height // 2), -(-width // 2), dtype=x.dtype, device=x.device)
     out = out.contiguous(memory_format=torch.channels_last)
     for tensor in (out, *workspace):
         tensor.fill_(float("nan"))
-    launch(x, *packed, out, activation=activation, ordered=ordered, tile=tile, workspace=workspace)
+    options = {"activation": activation, "squeeze_activation": squeeze_activation, "blur": blur, "ordered": ordered}
+    launch(x, *packed, out, tile=tile, workspace=workspace, **options)
     return out
 
 
 def check(case, dtype, device, random_mbconv_weights, assert_within_rule):
     weights, x = case.weights(random_mbconv_weights), case.input(device, dtype)
-    out = run_kernels(x, weights, case.tile, case.activation, case.ordered)
+    out = run_kernels(x, weights, case.tile, case.activation, case.ordered, case.squeeze_activation, case.blur)
     assert_within_rule(out, apply_reference(x, weights, case), apply_reference(x.double(), weights, case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + STRIDED_CASES, ids=str)
 def test_against_the_reference(case, dtype, device, random_mbconv_weights, assert_within_rule):
     assert why_invalid(case.tile, case.shape(), PROCESSORS["rtx4090"]) is None
     check(case, dtype, device, random_mbconv_weights, assert_within_rule)
@@ -197,8 +246,9 @@ def test_sums_are_fp32(device, random_mbconv_weights):
     assert ((out.double() - exact).norm() / exact.norm()).item() < 2e-3
 
 
+@pytest.mark.parametrize("blur", [True, False])
 @pytest.mark.parametrize("size", [(5, 7), (8, 8)])
-def test_reads_and_writes_its_own_images_only(size, device, random_mbconv_weights):
+def test_reads_and_writes_its_own_images_only(size, blur, device, random_mbconv_weights):
     """What lies before and after the images in memory is neither read nor written."""
     from fusion.triton_kernels.mbconv_down import launch
 
@@ -211,7 +261,7 @@ def test_reads_and_writes_its_own_images_only(size, device, random_mbconv_weight
     )
     x[1:3] = Case(24, 48, batch=2, size=size).input(device)
     packed = weights.pack(TILE, x.dtype, device).tensors()
-    launch(x[1:3], *packed, out[1:3], activation="silu", tile=TILE)
+    launch(x[1:3], *packed, out[1:3], activation="silu", squeeze_activation="relu", blur=blur, tile=TILE)
     assert out[1:3].isfinite().all()
     assert out[[0, 3]].isnan().all()
 
@@ -222,7 +272,12 @@ GPU_CASES = [
     Case(256, 1024, squeeze=64, size=(16, 16), batch=20),
     Case(144, 576, squeeze=36, size=(15, 14), batch=9),
     Case(72, 288, out_channels=96, squeeze=18, size=(65, 46), batch=5),
-    Case(192, 384, squeeze=200, size=(7, 9), batch=9, activation="relu"),
+    Case(192, 384, squeeze=200, size=(7, 9), batch=9, activation="relu", squeeze_activation="silu"),
+    Case(16, 96, out_channels=24, squeeze=4, size=(112, 112), batch=5, blur=False),
+    Case(104, 624, out_channels=208, squeeze=26, size=(18, 18), batch=9, squeeze_activation="silu", blur=False),
+    Case(48, 192, out_channels=104, squeeze=12, size=(37, 35), batch=9, blur=False),
+    Case(24, 144, out_channels=40, size=(56, 56), batch=9, squeeze_activation="silu", blur=False, kernel_size=5),
+    Case(112, 672, out_channels=192, squeeze=28, size=(15, 14), batch=9, blur=False, kernel_size=5),
 ]
 
 

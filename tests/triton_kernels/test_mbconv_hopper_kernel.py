@@ -12,7 +12,7 @@ from fusion import kernels, mbconv_ops
 from fusion.mbconv_hopper_weights import stack_mbconv_hopper
 from fusion.mbconv_weights import MBConvWeights
 from fusion.planner.blocks import mbconv as mbconv_graph
-from fusion.planner.match import match_mbconv
+from fusion.planner.match import match_mbconv, options_of
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile, candidate_tiles, why_invalid
 from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
@@ -43,11 +43,13 @@ class Case:
     batch: int = 3
     activation: str = "silu"
     dtype: torch.dtype = torch.float16
+    squeeze_activation: str = "relu"
 
     def __str__(self):
         channels = f"{self.channels}-{self.hidden}-{self.out_channels or self.channels}s{self.squeeze}"
         image = "x".join(map(str, (self.batch, *self.size)))
-        return f"{channels}-{image}-{self.activation}-{','.join(map(str, self.tile))}-{self.dtype_name}"
+        activations = f"{self.activation}-{self.squeeze_activation}"
+        return f"{channels}-{image}-{activations}-{','.join(map(str, self.tile))}-{self.dtype_name}"
 
     @property
     def dtype_name(self):
@@ -81,6 +83,7 @@ class Case:
             out_channels=self.out_channels,
             squeeze_channels=self.squeeze,
             activation=self.activation,
+            squeeze_activation=self.squeeze_activation,
             dtype=self.dtype_name,
         )
         return match_mbconv(graph)
@@ -153,6 +156,12 @@ CASES = [
     Case(144, 576, (1, 4, 64, 2), squeeze=33, size=(16, 16), dtype=torch.bfloat16),
     Case(40, 160, (1, 1, 32, 4), out_channels=64, squeeze=18, size=(9, 13), activation="relu", dtype=torch.bfloat16),
     Case(256, 768, (1, 1, 32, 3), squeeze=64, size=(16, 16), activation="relu", dtype=torch.bfloat16),
+    # The other activation inside of squeeze-and-excitation: squeeze vectors that fill their padding and that do not,
+    # hidden channels that stay and that do not, a last sweep that is split.
+    Case(40, 160, (2, 4, 32, 4), squeeze=3, size=(7, 7), batch=5, squeeze_activation="silu"),
+    Case(128, 512, (1, 4, 64, 3), squeeze=32, size=(12, 12), activation="relu", squeeze_activation="silu"),
+    Case(72, 288, (1, 4, 32, 4), squeeze=100, size=(16, 16), dtype=torch.bfloat16, squeeze_activation="silu"),
+    Case(48, 192, (1, 4, 64, 3), squeeze=18, size=(16, 16), squeeze_activation="silu"),
     # A last sweep of up to 64 hidden channels, whose columns the warpgroups divide: after others and alone, that has
     # all of these channels and that does not, with images that fill their rows and that do not.
     Case(48, 192, (1, 4, 64, 3), squeeze=3, size=(16, 16)),
@@ -185,19 +194,21 @@ def empty_output(x, channels):
 def run_kernel(x, weights, case, packed=None, out=None):
     packed = packed or kernels.pack(weights, case.planned, x.dtype, x.device)
     out = empty_output(x, weights.out_channels) if out is None else out
-    kernels.launch(x, packed, out, case.planned, weights, activation=case.activation, residual=case.residual)
+    kernels.launch(x, packed, out, case.planned, weights, **options_of(case.shape()))
     return out
 
 
 def run_op(x, weights, case, packed=None):
     packed = (packed or kernels.pack(weights, case.planned, x.dtype, x.device)).tensors()
     sizes = case.hidden, weights.out_channels, case.squeeze
-    return mbconv_ops.mbconv_hopper(x, *packed, *sizes, case.activation, case.residual, case.planned.to_ints())
+    options = case.activation, case.squeeze_activation, case.residual
+    return mbconv_ops.mbconv_hopper(x, *packed, *sizes, *options, case.planned.to_ints())
 
 
 def apply_reference(x, weights, case):
     """The block in the dtype of `x`."""
-    return mbconv(x, *(w.to(x.device) for w in vars(weights).values()), case.activation, case.residual)
+    tensors = (w.to(x.device) for w in vars(weights).values())
+    return mbconv(x, *tensors, **options_of(case.shape()))
 
 
 def check(case, random_mbconv_weights, assert_within_rule):
@@ -336,7 +347,7 @@ def test_an_image_does_not_change_its_neighbours(case, activation, random_mbconv
 
 
 STACK_CASES = [
-    Case(24, 72, (2, 4, 64, 4), size=(7, 7), batch=5),
+    Case(24, 72, (2, 4, 64, 4), size=(7, 7), batch=5, squeeze_activation="silu"),
     Case(40, 160, (1, 1, 32, 3), squeeze=3, size=(9, 13), batch=140),
     Case(144, 576, (2, 4, 32, 4), squeeze=36, size=(5, 7), batch=5, activation="relu"),
     Case(144, 576, (1, 4, 32, 4), squeeze=33, size=(16, 16), batch=5),
@@ -471,7 +482,7 @@ def test_deterministic_algorithms_give_equal_bits(random_mbconv_weights, determi
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_module_takes_the_kernel(dtype, channels, size, assert_within_rule):
     torch.manual_seed(0)
-    block = MBConv(channels, channels).eval().requires_grad_(False)
+    block = MBConv(channels, channels, squeeze_activation=torch.nn.SiLU).eval().requires_grad_(False)
     for bn in (block.expand_bn, block.conv_bn, block.project_bn):
         bn.running_mean.normal_()
         bn.running_var.uniform_(0.5, 2.0)
@@ -482,6 +493,6 @@ def test_a_module_takes_the_kernel(dtype, channels, size, assert_within_rule):
     out = fused(x)
     packed = kernels.pack(fused.weights, plan.tile, dtype, "cuda").tensors()
     sizes = fused.weights.hidden_channels, channels, fused.weights.squeeze_channels
-    assert torch.equal(mbconv_ops.mbconv_hopper(x, *packed, *sizes, "silu", True, plan.tile.to_ints()), out)
+    assert torch.equal(mbconv_ops.mbconv_hopper(x, *packed, *sizes, "silu", "silu", True, plan.tile.to_ints()), out)
     exact = block.to("cuda", torch.float64)(x.double())
     assert_within_rule(out, block.to(dtype)(x), exact)

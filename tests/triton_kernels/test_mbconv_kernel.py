@@ -51,13 +51,16 @@ class Case:
     residual: bool = False
     ordered: bool = False
     tile: MBConvTile = TILE
+    squeeze_activation: str = "relu"
+    kernel_size: int = 3
 
     def __str__(self):
         channels = f"{self.channels}-{self.hidden}-{self.out_channels or self.channels}s{self.squeeze}"
         image = "x".join(map(str, (self.batch, *self.size)))
         tile = ",".join(map(str, self.tile.to_ints()))
         flags = "+x" * self.residual + "-ordered" * self.ordered
-        return f"{channels}g{self.group_width}-{image}-{self.activation}{flags}-{tile}"
+        activations = f"{self.activation}-{self.squeeze_activation}"
+        return f"{channels}g{self.group_width}k{self.kernel_size}-{image}-{activations}{flags}-{tile}"
 
     def graph(self, dtype="float16"):
         return mbconv_graph(
@@ -69,7 +72,9 @@ class Case:
             squeeze_channels=self.squeeze,
             group_width=self.group_width,
             activation=self.activation,
+            squeeze_activation=self.squeeze_activation,
             residual=self.residual,
+            kernel_size=self.kernel_size,
             dtype=dtype,
         )
 
@@ -92,6 +97,11 @@ CASES = [
     # Micro-batches: as many images as the batch has, more, fewer, and such that do not divide it.
     *(Case(16, 64, batch=3, tile=replace(TILE, images=images)) for images in (1, 2, 3, 4)),
     Case(24, 72, batch=3, size=(9, 5), ordered=True, residual=True),
+    # The other activation inside of squeeze-and-excitation.
+    Case(24, 72, squeeze=6, residual=True, squeeze_activation="silu"),
+    Case(16, 64, squeeze=33, batch=2, activation="relu", ordered=True, squeeze_activation="silu"),
+    # Activations, on hidden channels that are padded.
+    *(Case(16, 24, size=(4, 3), activation=activation) for activation in ("relu6", "gelu", "hardswish")),
     # Groups from depth-wise to one that is a whole slab.
     *(Case(16, 64, group_width=width, activation="relu") for width in (1, 16)),
     Case(16, 64, group_width=64, tile=replace(TILE, conv_slab=64)),
@@ -99,6 +109,15 @@ CASES = [
     Case(40, 80, tile=replace(TILE, hidden=16, conv_slab=16, channels=16, stages=2), residual=True),
     Case(40, 80, tile=replace(TILE, hidden=128, project_hidden=16, project_stages=2), residual=True),
     Case(40, 80, tile=replace(TILE, height=4, width=4, warps=2, project_pixels=16, project_warps=2), ordered=True),
+    # 5x5 convolutions: images smaller than what a pixel needs, than a tile and its neighbours, equal to that, larger.
+    *(
+        Case(16, 64, size=size, residual=True, kernel_size=5)
+        for size in ((1, 1), (3, 3), (2, 11), (7, 7), (8, 8), (12, 12), (13, 18))
+    ),
+    Case(24, 40, out_channels=40, size=(9, 5), batch=3, ordered=True, squeeze_activation="silu", kernel_size=5),
+    Case(16, 32, size=(19, 2), tile=replace(TILE, height=16, width=1, hidden=32, warps=2), kernel_size=5),
+    Case(16, 64, size=(9, 9), tile=replace(TILE, height=4, width=4, warps=2), group_width=1, kernel_size=5),
+    Case(16, 64, group_width=64, tile=replace(TILE, conv_slab=64), kernel_size=5),
 ]
 
 
@@ -109,17 +128,20 @@ def random_input(*size, device, dtype):
 
 def apply_reference(x, weights, case):
     """The block in the dtype of `x`."""
-    return mbconv(x, *(w.to(x.device) for w in vars(weights).values()), case.activation, case.residual)
+    tensors = (w.to(x.device) for w in vars(weights).values())
+    return mbconv(x, *tensors, case.activation, case.residual, case.squeeze_activation)
 
 
 def weights_of(case, random_mbconv_weights):
-    return random_mbconv_weights(case.channels, case.hidden, case.out_channels, case.squeeze, case.group_width)
+    sizes = case.channels, case.hidden, case.out_channels, case.squeeze, case.group_width, case.kernel_size
+    return random_mbconv_weights(*sizes)
 
 
 def check(case, dtype, device, random_mbconv_weights, run_mbconv_kernel, assert_within_rule):
     weights = weights_of(case, random_mbconv_weights)
     x = random_input(case.batch, case.channels, *case.size, device=device, dtype=dtype)
-    out = run_mbconv_kernel(x, weights, case.tile, case.activation, case.residual, case.ordered)
+    options = case.activation, case.residual, case.ordered, case.squeeze_activation
+    out = run_mbconv_kernel(x, weights, case.tile, *options)
     exact = apply_reference(x.double(), weights, case)
     assert_within_rule(out, apply_reference(x, weights, case), exact)
 
@@ -185,7 +207,7 @@ def test_reads_and_writes_its_own_images_only(device, random_mbconv_weights):
     )
     x[1:3] = random_input(2, 24, 5, 7, device=device, dtype=torch.float16)
     packed = weights.pack(TILE, x.dtype, device).tensors()
-    launch(x[1:3], *packed, out[1:3], activation="silu", residual=True, tile=TILE)
+    launch(x[1:3], *packed, out[1:3], activation="silu", squeeze_activation="relu", residual=True, tile=TILE)
     assert out[1:3].isfinite().all()
     assert out[[0, 3]].isnan().all()
 
@@ -195,7 +217,9 @@ GPU_CASES = [
     Case(256, 1024, squeeze=64, size=(8, 8), batch=20, residual=True),
     Case(144, 576, squeeze=36, size=(14, 14), batch=9, residual=True),
     Case(72, 288, out_channels=96, squeeze=18, size=(33, 47), batch=5),
-    Case(192, 384, squeeze=200, size=(7, 7), batch=9, activation="relu", residual=True),
+    Case(192, 384, squeeze=200, size=(7, 7), batch=9, activation="relu", residual=True, squeeze_activation="silu"),
+    Case(40, 240, squeeze=10, size=(28, 28), batch=9, residual=True, squeeze_activation="silu", kernel_size=5),
+    Case(112, 672, squeeze=28, size=(14, 14), batch=9, residual=True, squeeze_activation="silu", kernel_size=5),
 ]
 
 

@@ -71,6 +71,7 @@ CASES = [
     Case(size=(9, 133), batch=3, out_channels=24),
     Case(size=(9, 136), batch=2, out_channels=24, tile=WIDE_GROUPS),
     *(Case(activation=activation, planar=planar) for activation in ("silu", "none") for planar in (False, True)),
+    *(Case(activation=activation) for activation in ("relu6", "gelu", "hardswish")),
     # Other channels than three: windows with padding at their end.
     *(Case(channels=channels, planar=planar, tile=tile) for channels in (1, 2, 4) for planar, tile in BOTH_FORMATS),
     # Output channels of a group that are no power of two, and the most and the fewest.

@@ -88,6 +88,19 @@ def test_only_kernels_that_the_processor_runs_are_tried(made_up):
     assert "rejected Hopper kernel: it is for compute capability 9.0, a100 has 8.0" in str(plan)
 
 
+def test_only_portable_tiles_are_tried_if_asked_and_their_winner_is_kept_apart(made_up):
+    made_up.microseconds = staticmethod(lambda tile: 100 if family_of(tile) is HOPPER else 200 + sum(tile.to_ints()))
+    best = tune.tune_block(GRAPH, H200, progress=False)
+    made_up.asked = []
+    plan = tune.tune_block(GRAPH, H200, progress=False, portable=True)
+    assert {type(tile) for tile in made_up.asked} == {ConvFirstTile}
+    assert (best.kernel, plan.kernel) == ("convfirst_hopper", "convfirst")
+    made_up.asked = []
+    for portable, known in ((False, best), (True, plan)):
+        assert tune.tune_block(GRAPH, H200, progress=False, portable=portable).tile == known.tile
+    assert made_up.asked == []
+
+
 def design(tile):
     if isinstance(tile, HopperTile):
         return "hopper", tile.pixels, tile.hidden, tile.partitions, tile.weight_chunks > 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fusion.disk_cache import BlockKey, cache_folder
 from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.tile import ConvFirstTile
@@ -18,7 +19,7 @@ from fusion.tuner import cache
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ConvFirstShape(128, 64, 64, 48, 288, 48, 8, "relu", True, "float16")
-KEY = cache.CacheKey("NVIDIA H200", "3.6.0", "0123456789abcdef", SHAPE)
+KEY = BlockKey("NVIDIA H200", "3.6.0", "0123456789abcdef", SHAPE)
 TILE = ConvFirstTile(8, 16, 32, 32, 4, conv_stages=5, ffn_stages=2)
 
 
@@ -34,7 +35,7 @@ def folder(tmp_path, monkeypatch):
 def test_what_is_stored_is_loaded(tile, kernel):
     cache.store(KEY, tile, 123.5)
     assert cache.load(KEY) == (tile, 123.5)
-    assert json.loads(KEY.path().read_text())["kernel"] == kernel
+    assert json.loads(cache.TILES.path(KEY).read_text())["kernel"] == kernel
 
 
 def test_a_missing_entry_is_no_reason_to_warn():
@@ -59,7 +60,7 @@ def test_every_part_of_the_key_counts(other):
 
 
 def _entry(**changes) -> str:
-    entry = json.loads(KEY.path().read_text())
+    entry = json.loads(cache.TILES.path(KEY).read_text())
     entry.update(changes)
     return json.dumps(entry)
 
@@ -70,7 +71,7 @@ def _entry(**changes) -> str:
         (lambda: "{", "JSONDecodeError"),
         (lambda: "", "JSONDecodeError"),
         (lambda: "[]", "TypeError"),
-        (lambda: _entry(format=cache.FORMAT + 1), f"format {cache.FORMAT + 1}"),
+        (lambda: _entry(format=cache.TILES.format + 1), f"format {cache.TILES.format + 1}"),
         (lambda: _entry(key={}), "belongs to another block"),
         (lambda: _entry(kernel="__import__('os')"), "ValueError: kernel .* is unknown"),
         (lambda: _entry(kernel="convfirst_hopper"), "TypeError"),
@@ -81,7 +82,7 @@ def _entry(**changes) -> str:
 )
 def test_a_corrupt_entry_gives_one_warning_and_is_replaced(text, reason):
     cache.store(KEY, TILE, 123.5)
-    KEY.path().write_text(text())
+    cache.TILES.path(KEY).write_text(text())
     with pytest.warns(UserWarning, match=f"cannot be used.*{reason}.*tuning again") as record:
         assert cache.load(KEY) is None
     assert len(record) == 1
@@ -116,12 +117,13 @@ def test_a_file_in_place_of_the_folder_gives_a_warning(folder):
 
 STORE_MANY = """
 import json, sys
+from fusion.disk_cache import BlockKey
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.tile import ConvFirstTile
 from fusion.tuner import cache
 
 key, shape, tile, us = map(json.loads, sys.argv[1:])
-key = cache.CacheKey(**{**key, "shape": ConvFirstShape(**shape)})
+key = BlockKey(**{**key, "shape": ConvFirstShape(**shape)})
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(200):
@@ -153,13 +155,13 @@ def test_processes_share_the_folder():
     assert (TILE, 2.0) in seen
     assert seen <= {None, (TILE, 1.0), (TILE, 2.0)}
     assert cache.load(KEY) in {(TILE, 1.0), (TILE, 2.0)}
-    assert [path.suffix for path in KEY.path().parent.iterdir()] == [".json"]
+    assert [path.suffix for path in cache.TILES.path(KEY).parent.iterdir()] == [".json"]
 
 
 def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("FUSION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.cache_folder() == tmp_path / "fusion"
+    assert cache_folder() == tmp_path / "fusion"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache.cache_folder() == tmp_path / "home" / ".cache" / "fusion"
+    assert cache_folder() == tmp_path / "home" / ".cache" / "fusion"

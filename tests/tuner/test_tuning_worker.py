@@ -38,7 +38,14 @@ def no_timing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"activation": "silu"}, {"out_channels": 40, "residual": False}, {"batch": 1, "height": 1}]
+    "changes",
+    [
+        {},
+        {"activation": "silu"},
+        {"out_channels": 40, "residual": False},
+        {"batch": 1, "height": 1},
+        {"residual": False, "stride": 2, "activation": "gelu"},
+    ],
 )
 def test_a_right_tile_is_timed(changes):
     assert (
@@ -104,7 +111,9 @@ def answer_mbconv(**changes):
     return worker.answer(asdict(block), "mbconv", MBCONV_TILE.to_ints(), compile_only=False, device=DEVICE)
 
 
-@pytest.mark.parametrize("changes", [{}, {"out_channels": 40, "residual": False, "activation": "relu"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"out_channels": 40, "residual": False, "activation": "relu", "squeeze_activation": "silu"}]
+)
 def test_a_tile_of_the_mbconv_kernels_is_packed_checked_and_timed(changes):
     assert answer_mbconv(**changes)["us"] > 0
 

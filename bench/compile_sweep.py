@@ -83,6 +83,18 @@ def sweep(
         pool.shutdown(cancel_futures=True)
 
 
+def installed(models: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Full names of those networks that there are, and the others: versions of timm differ."""
+    there: list[str] = []
+    missing: list[str] = []
+    for text in models:
+        try:
+            there.append(known_model(text))
+        except ValueError:
+            missing.append(text)
+    return there, missing
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"default: {len(SWEEP)} of all families")
@@ -96,9 +108,11 @@ def main() -> int:
     timed = torch.cuda.is_available()
     device, dtype = ("cuda", "float16") if timed else ("cpu", "float32")
     variants = ("default", "all") if timed else ("all",)
-    models = [known_model(text) for text in args.models or SWEEP]
+    models, missing = [known_model(text) for text in args.models], []
+    if not args.models:
+        models, missing = installed(SWEEP)
     cases = [ModelCase(model, BATCH, image_size(model, preferred=PREFERRED_SIZE), dtype) for model in models]
-    meta = report.collect_meta(PROTOCOL, dtype=dtype, variants=list(variants), timm=timm_version())
+    meta = report.collect_meta(PROTOCOL, dtype=dtype, variants=list(variants), timm=timm_version(), missing=missing)
     rows: list[Row] = []
 
     def keep(row: Row) -> None:
@@ -119,6 +133,8 @@ def main() -> int:
         Path(args.table).write_text(markdown_table(columns, cells))
     report.print_table(columns, cells, f"The backend 'fusion' next to Inductor on {meta['device']}, {dtype}")
     print(summary(rows))
+    if missing:
+        print(f"not in timm {timm_version()}: {', '.join(missing)}")
     for row in rows:
         texts = {text for variant in row["variants"].values() for text in variant.get("warnings", ())}
         for text in sorted(texts):

@@ -12,11 +12,22 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fusion.planner.match import BlockShape
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance as Key
+
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class GpuKey:
+    """What the measurement of a GPU depends on."""
+
+    device: str
+    torch: str
 
 
 @dataclass(frozen=True)
@@ -41,15 +52,15 @@ class Entries:
     what: str
     again: str
 
-    def path(self, key: BlockKey) -> Path:
-        """The file of a key; it may not exist."""
+    def path(self, key: "Key") -> Path:
+        """The file of a key, a dataclass of what the measurement depends on; it may not exist."""
         text = json.dumps(asdict(key), sort_keys=True)
         return cache_folder() / self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
-    def load(self, key: BlockKey, parse: Callable[[dict], Value]) -> Value | None:
+    def load(self, key: "Key", parse: Callable[[dict], Value]) -> Value | None:
         """What `parse` makes of the entry of a key; None if there is none.
 
-        A file that cannot be used (corrupt, of another format, for another block) gives one warning and None.
+        A file that cannot be used (corrupt, of another format, for another key) gives one warning and None.
         """
         path = self.path(key)
         try:
@@ -57,7 +68,7 @@ class Entries:
             if entry["format"] != self.format:
                 raise ValueError(f"format {entry['format']!r}, this version of fusion reads {self.format}")
             if entry["key"] != json.loads(json.dumps(asdict(key))):
-                raise ValueError("it belongs to another block")
+                raise ValueError("it belongs to something else")
             return parse(entry)
         except FileNotFoundError:
             return None
@@ -69,7 +80,7 @@ class Entries:
             )
             return None
 
-    def store(self, key: BlockKey, value: Mapping[str, object]) -> None:
+    def store(self, key: "Key", value: Mapping[str, object]) -> None:
         """Remember a value for a key. Warns, and goes on, if the folder cannot be written."""
         path = self.path(key)
         entry = {"format": self.format, "key": asdict(key), **value}

@@ -66,6 +66,11 @@ def recording() -> Iterator[list]:
         _recording.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether anyone collects what this thread runs."""
+    return _recording.get() is not None
+
+
 def record_launch(blocks: Sequence[nn.Module], plan: Plan, x: Tensor) -> None:
     """Tell who records, if anyone does, that `blocks` run on `x` by `plan`."""
     record = _recording.get()

@@ -1,6 +1,7 @@
 """Inference twins of blocks: modules with folded weights that run a block as one operator."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from fusion.planner.graph import BlockGraph
 from fusion.planner.plan import Plan, plan_block
 from fusion.planner.processor import Processor
 from fusion.real_tensors import make_for_all, real_tensors
+from fusion.relaunch import Relaunch, Relaunches, launch_key
 from fusion.weights import ConvFirstWeights
 
 Tuner = Callable[[BlockGraph, str | Processor], Plan]
@@ -33,9 +35,12 @@ class FusedBlock(nn.Module):
 
     Takes fp16 and bf16 on GPUs and any floating dtype on CPUs, where it computes the reference. The plan is made at the
     first input of each shape, by `tuner`; its tile says which kernel runs. Weights are packed at the first use of a
-    layout. The module has no parameters and keeps no link to the block that it was folded from: fold again after
-    training or loading. Every argument of a subclass's constructor is an attribute of the same name
-    (`fusion.fused_file` relies on it).
+    layout; from the second input of a kind on, a call only launches kernels (`fusion.relaunch`). The module has no
+    parameters and keeps no link to the block that it was folded from: fold again after training or loading. Every
+    argument of a subclass's constructor is an attribute of the same name (`fusion.fused_file` relies on it).
+
+    Attributes:
+        adopted: how many plans came from elsewhere: who depends on the plans looks whether it has changed.
 
     Raises (in `forward`): what the operator raises, and PlanError when no tile fits the input's shape.
     """
@@ -55,6 +60,8 @@ class FusedBlock(nn.Module):
         self.tuner = tuner
         self._plans: dict[tuple, Plan] = {}
         self._packed: dict[tuple, Packed] = {}
+        self._relaunches = Relaunches()
+        self.adopted = 0
 
     def plan(self, x: Tensor | InputKind) -> Plan:
         """The plan for inputs like `x`."""
@@ -82,6 +89,8 @@ class FusedBlock(nn.Module):
         shape = plan.shape
         key = (device, shape.dtype, shape.batch, shape.in_channels, shape.height, shape.width)
         self._plans[key] = plan
+        self.adopted += 1
+        self._relaunches.clear()
 
     @property
     def layouts(self) -> dict[tuple, Packed]:
@@ -102,11 +111,22 @@ class FusedBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        relaunch = self.relaunch(x)
+        if relaunch is not None:
+            return relaunch(x)
         if x.dim() != 4 or x.shape[1] != self.weights.in_channels:
             raise ValueError(
                 f"{type(self).__name__}: the input must be [N, {self.weights.in_channels}, H, W], got {list(x.shape)}"
             )
-        return self.run(x, *self._layout(x))
+        kernel, tile, packed = self._layout(x)
+        run = partial(self.run, x, kernel, tile, packed)
+        key = launch_key(x)
+        return run() if key is None else self._relaunches.record(key, x, packed, run)
+
+    def relaunch(self, x: Tensor) -> Relaunch | None:
+        """What makes the launches for inputs like `x` again, if it can and they have been made before."""
+        key = launch_key(x)
+        return None if key is None else self._relaunches.get(key)
 
     def run(self, x: Tensor, kernel: str, tile: list[int], packed: tuple[Tensor, ...]) -> Tensor:
         """Run the block with these packed weights, or several blocks of its sizes with theirs, where a kernel can."""

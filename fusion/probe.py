@@ -1,16 +1,20 @@
 """Measured ceilings of the GPU at hand: matrix throughput and DRAM bandwidth."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
 
+from fusion.disk_cache import Entries, GpuKey
 from fusion.planner.processor import PROCESSORS, Processor
 
 MATMUL_SIZE = 8192
 MIN_COPY_BYTES = 1 << 30
 GLOBAL_TO_DRAM_BANDWIDTH = 2.0
 """L2 to DRAM bandwidth where nothing better is known: between an H200's 1.3 and an RTX 4090's 4.5."""
+
+
+CEILINGS = Entries("ceilings", format=1, what="measured ceilings", again="measuring again")
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ def measure_ceilings(device: int | str | None = None) -> Ceilings:
     return Ceilings(peak_ops=2 * MATMUL_SIZE**3 / matmul_seconds, bandwidth=2 * source.numel() / copy_seconds)
 
 
-def probe_processor(device: int | str | None = None) -> Processor:
-    """The GPU at hand (default: the current one) as a Processor with measured ceilings.
+def probe_processor(device: int | str | None = None, ceilings: Ceilings | None = None) -> Processor:
+    """The GPU at hand (default: the current one) as a Processor with its `ceilings`, which are measured by default.
 
     Raises RuntimeError without a CUDA GPU.
     """
@@ -52,7 +56,7 @@ def probe_processor(device: int | str | None = None) -> Processor:
 
     device = cuda_device(device)
     properties = torch.cuda.get_device_properties(device)
-    ceilings = measure_ceilings(device)
+    ceilings = ceilings or measure_ceilings(device)
     return Processor(
         name=properties.name.lower().replace(" ", "-"),
         title=properties.name,
@@ -72,14 +76,23 @@ def probe_processor(device: int | str | None = None) -> Processor:
 def processor_of(device: int | str | None = None) -> Processor:
     """The known processor that the GPU at hand is, by its name; any other GPU is probed once.
 
-    Raises RuntimeError without a CUDA GPU.
+    What is measured is kept on disk (`fusion.disk_cache`), so that plans are the same in every process. Raises
+    RuntimeError without a CUDA GPU.
     """
     import torch
 
     device = cuda_device(device)
-    title = torch.cuda.get_device_properties(device).name.lower().replace(" ", "")
-    known = (processor for processor in PROCESSORS.values() if processor.name in title)
-    return next(known, None) or probe_processor(device)
+    name = torch.cuda.get_device_properties(device).name
+    known = (processor for processor in PROCESSORS.values() if processor.name in name.lower().replace(" ", ""))
+    processor = next(known, None)
+    if processor is None:
+        key = GpuKey(name, torch.__version__)
+        ceilings = CEILINGS.load(key, lambda entry: Ceilings(float(entry["peak_ops"]), float(entry["bandwidth"])))
+        if ceilings is None:
+            ceilings = measure_ceilings(device)
+            CEILINGS.store(key, asdict(ceilings))
+        processor = probe_processor(device, ceilings)
+    return processor
 
 
 def cuda_device(device=None):

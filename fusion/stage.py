@@ -1,6 +1,7 @@
 """A stage of fused blocks: several in one launch where a kernel can, and a micro-batch of images at a time."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from fusion.planner.families import MBCONV_HOPPER
 from fusion.planner.micro_batch import micro_batch_images
 from fusion.planner.processor import get_processor
 from fusion.real_tensors import make_for_all
+from fusion.relaunch import Relaunch, RelaunchChain, Relaunches, launch_key
 
 MicroBatch = int | Literal["auto"] | None
 
@@ -48,16 +50,24 @@ class FusedStage(nn.Module):
         self.micro_batch = micro_batch
         self.one_launch = one_launch
         self._stacked: dict[tuple, PackedMBConvHopper] = {}
+        self._chosen: dict[tuple, int] = {}
+        self._relaunches = Relaunches()
 
     @torch.compiler.assume_constant_result
     def images(self, x: Tensor) -> int:
         """Images of a micro-batch for inputs like `x`."""
-        batch, *_ = InputKind.of(x).shape
-        batch = max(batch, 1)
+        kind = InputKind.of(x)
+        batch = max(kind.shape[0], 1)
         if self.micro_batch is None:
             return batch
         if self.micro_batch != "auto":
             return min(self.micro_batch, batch)
+        key = self.blocks[0].adopted, kind
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(batch, x)
+        return self._chosen[key]
+
+    def _choose(self, batch: int, x: Tensor) -> int:
         graphs, (channels, height, width) = [], x.shape[1:]
         for block in self.blocks:
             graph = block.graph(batch, height, width, channels, x.dtype)
@@ -72,17 +82,10 @@ class FusedStage(nn.Module):
         return micro_batch_images(graphs, get_processor(processor_of_device(x.device)), whole_images)
 
     def forward(self, x: Tensor) -> Tensor:
-        channels = self.blocks[0].weights.in_channels
-        if x.dim() != 4 or x.shape[1] != channels:
-            raise ValueError(f"FusedStage: the input must be [N, {channels}, H, W], got {list(x.shape)}")
-        outs = []
-        for part in (x,) if self._takes_whole_batch() else x.split(self.images(x)):
-            first = 0
-            while first < len(self.blocks):
-                count = self._together(first, part)
-                part = self.blocks[first](part) if count == 1 else self._run_together(first, count, part)
-                first += count
-            outs.append(part)
+        if self._takes_whole_batch():
+            return self._run(x)
+        self._check(x)
+        outs = [self._run(part) for part in x.split(self.images(x))]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def extra_repr(self) -> str:
@@ -128,10 +131,49 @@ class FusedStage(nn.Module):
             weights = [block.weights for block in blocks]
             copy_packed(packed, kernels.pack_stage(weights, tiles[tuple(layout)], dtype, device))
 
+    def _run(self, x: Tensor) -> Tensor:
+        """All blocks on a micro-batch; from the second one of a kind on, by the launches that the first one came to."""
+        key = self._key(x)
+        relaunches = None if key is None else self._relaunches.get(key)
+        if relaunches is not None:
+            return relaunches(x)
+        self._check(x)
+        first, chain = 0, []
+        while first < len(self.blocks):
+            count = self._together(first, x)
+            run = self.blocks[first] if count == 1 else partial(self._run_together, first, count)
+            out = run(x)
+            if key is not None:
+                chain.append(self._relaunch(first, count, x) or run)
+            x = out
+            first += count
+        if key is not None:
+            self._relaunches.keep(key, RelaunchChain(chain))
+        return x
+
+    def _check(self, x: Tensor) -> None:
+        channels = self.blocks[0].weights.in_channels
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"FusedStage: the input must be [N, {channels}, H, W], got {list(x.shape)}")
+
     def _run_together(self, first: int, count: int, x: Tensor) -> Tensor:
-        block = self.blocks[first]
         kernel, tile, packed = self._layout(first, count, x)
-        return block.run(x, kernel, tile, packed)
+        run = partial(self.blocks[first].run, x, kernel, tile, packed)
+        key = self._key(x, first, count)
+        return run() if key is None else self._relaunches.record(key, x, packed, run)
+
+    def _relaunch(self, first: int, count: int, x: Tensor) -> Relaunch | None:
+        if count == 1:
+            return self.blocks[first].relaunch(x)
+        key = self._key(x, first, count)
+        return None if key is None else self._relaunches.get(key)
+
+    def _key(self, x: Tensor, *place: int) -> tuple | None:
+        """What the launches of consecutive blocks depend on; None if each is to be called."""
+        key = launch_key(x)
+        if key is None or any(map(_has_hooks, self.blocks)):
+            return None
+        return *place, sum([block.adopted for block in self.blocks]), *key
 
     @torch.compiler.assume_constant_result
     def _layout(self, first: int, count: int, x: Tensor) -> tuple[str, list[int], tuple[Tensor, ...]]:
@@ -154,4 +196,8 @@ def check_micro_batch(micro_batch: MicroBatch) -> None:
 
 
 def _can_join(block: FusedBlock) -> bool:
-    return isinstance(block, FusedMBConv) and not (block._forward_hooks or block._forward_pre_hooks)
+    return isinstance(block, FusedMBConv) and not _has_hooks(block)
+
+
+def _has_hooks(block: FusedBlock) -> bool:
+    return bool(block._forward_hooks or block._forward_pre_hooks)

@@ -13,7 +13,7 @@ from fusion.modules import FusedBlock
 from fusion.planner import blocks
 from fusion.planner.families import FAMILIES, family_named
 from fusion.planner.plan import PlanError, plan_block
-from models import ConvFirst, Ffn, MBConv
+from models import ConvBnAct, ConvFirst, Ffn, MBConv, PooledHead
 
 GRAPH = blocks.convfirst(128, 32, 32, 64, 6)
 
@@ -86,3 +86,29 @@ def test_copies_stay_portable(copy_of, tmp_path):
     twin(torch.randn(2, 16, 8, 8))
     ((_, plan),) = twin.module[0].plans
     assert twin.portable and plan.family is family_named("mbconv")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "block",
+    [
+        ConvFirst(16, 16, expansion=2),
+        ConvFirst(16, 16, expansion=2, stride=2),
+        ConvFirst(16, 16, expansion=2, stride=2, blur=False),
+        MBConv(16, 16, expansion=2),
+        MBConv(16, 16, expansion=2, kernel_size=5),
+        MBConv(16, 16, expansion=2, stride=2),
+        MBConv(16, 16, expansion=2, stride=2, blur=False),
+        MBConv(16, 16, expansion=2, stride=2, blur=False, kernel_size=5),
+        PooledHead(16, 32),
+        ConvBnAct(3, 16, 3, stride=2),
+    ],
+    ids=lambda block: type(block).__name__,
+)
+@torch.no_grad()
+def test_inductor_writes_portable_kernels_anew(block):
+    """It takes their sources, and what those use by name, apart."""
+    channels = 3 if isinstance(block, ConvBnAct) and not isinstance(block, PooledHead) else 16
+    x = torch.randn(3, channels, 12, 10, device="cuda", dtype=torch.half)
+    fused = fusion.fuse(nn.Sequential(block).eval(), x, portable=True, dtype=torch.half, device="cuda")
+    torch.testing.assert_close(torch.compile(fused, fullgraph=True)(x), fused(x), rtol=1e-2, atol=1e-2)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fusion.probe import measure_ceilings, probe_processor
+from fusion.probe import measure_ceilings, probe_processor, processor_of
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -27,3 +27,12 @@ def test_probe_describes_the_current_gpu():
     assert processor.processors == properties.multi_processor_count
     assert 1e12 < processor.peak_ops < 1e16
     assert 1e11 < processor.bandwidth < 1e14
+
+
+@needs_gpu
+def test_a_gpu_is_measured_once_and_then_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("fusion.probe.PROCESSORS", {})
+    first = processor_of.__wrapped__()
+    monkeypatch.setattr("fusion.probe.measure_ceilings", lambda *_: pytest.fail("measured again"))
+    assert processor_of.__wrapped__() == first

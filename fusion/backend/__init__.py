@@ -3,6 +3,7 @@
 PyTorch finds it by the entry point "fusion" of the group `torch_dynamo_backends`, so nothing has to be imported.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -37,9 +38,10 @@ def compile_graph(
 
 
 def _reset() -> None:
-    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
-
-    reset_cudagraph_trees()
+    # Not imported here: that may register backends, while PyTorch goes through them all.
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()
 
 
 compile_graph.reset = _reset

@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from weakref import WeakValueDictionary
 
 import torch
@@ -49,23 +49,39 @@ class Chain:
         self.micro_batch = micro_batch
         self.strict = strict
         self._runners: dict[int, FusedSequential] = {}
+        self._anchors: dict[int, weakref.ref] = {}
+        self._frozen: FusedSequential | None = None
         self._failed: set[InputKind] = set()
         self.handle = _register(self)
 
-    def fold(self, anchor: Tensor, blocks: Sequence[FusedBlock]) -> None:
-        """Take blocks with the weights that go with an anchor.
+    def fold(self, anchor: Tensor, blocks: Sequence[FusedBlock | None], is_frozen: bool = False) -> None:
+        """Take blocks with the weights that go with an anchor, and keep them as long as it lives; if they are frozen,
+        for all anchors and as long as the chain lives.
 
         If there are some already they are overwritten, in place: CUDA graphs that run the chain see the new ones.
+        Raises ValueError if a block is none, or another than that of the chain apart from its weights.
         """
+        for name, block, new in zip(self.names, self.blocks, blocks, strict=True):
+            if new is None or _described(new) != _described(block):
+                raise ValueError(f"with its weights of now {name!r} is not the block that it was")
+        if is_frozen:
+            self._frozen = _runner(blocks, self.micro_batch)
+            return
         address = anchor.data_ptr()
         if address in self._runners:
             _overwrite(self._runners[address], blocks)
-            return
-        self._runners[address] = _runner(blocks, self.micro_batch)
-        weakref.finalize(anchor, self._runners.pop, address, None)
+        else:
+            self._runners[address] = _runner(blocks, self.micro_batch)
+        # One reference for an address: of two tensors in the same memory the one that was folded for last counts.
+        self._anchors[address] = weakref.ref(anchor, _forgetting(weakref.ref(self), address))
+
+    def forget(self, address: int, anchor: weakref.ref) -> None:
+        """Drop the weights that go with an address, if this is the anchor that they were folded for."""
+        if self._anchors.get(address) is anchor:
+            del self._anchors[address], self._runners[address]
 
     def __call__(self, x: Tensor, anchor: Tensor) -> Tensor:
-        runner = self._runners[anchor.data_ptr()]
+        runner = self._runners[anchor.data_ptr()] if self._frozen is None else self._frozen
         kind = InputKind.of(x)
         if kind in self._failed:
             return _layerwise(runner, x)
@@ -93,6 +109,16 @@ class Chain:
     def reads_any_format(self) -> bool:
         """Whether an input that is not channels_last costs no copy."""
         return isinstance(self.blocks[0], FusedStem)
+
+
+def _forgetting(chain: weakref.ref, address: int) -> Callable[[weakref.ref], None]:
+    """What to do when an anchor dies. It keeps no chain alive, for models live longer than their graphs."""
+
+    def forget(anchor: weakref.ref) -> None:
+        if (alive := chain()) is not None:
+            alive.forget(address, anchor)
+
+    return forget
 
 
 def _runner(blocks: Sequence[FusedBlock], micro_batch: MicroBatch) -> FusedSequential:
@@ -127,9 +153,13 @@ _chains: WeakValueDictionary[str, Chain] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
+def _described(block: FusedBlock) -> tuple[str, str]:
+    """A block apart from its weights."""
+    return type(block).__name__, repr(block)
+
+
 def _register(chain: Chain) -> str:
-    shapes = [(type(block).__name__, repr(block)) for block in chain.blocks]
-    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(list(map(_described, chain.blocks))).encode()).hexdigest()[:16]
     with _lock:
         number = next(n for n in range(len(_chains) + 1) if f"{digest}:{n}" not in _chains)
         handle = f"{digest}:{number}"

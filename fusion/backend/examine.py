@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusion.backend.graph_copy import constants_of, copy_graph
 from fusion.backend.judge import Verdict, judge
@@ -51,7 +53,7 @@ def examine(graph_module: fx.GraphModule, inputs: Sequence[object], options: Bac
     }
     wanted: list[FoundBlock] = []
     for found in findings.found:
-        reason = _why_no_kernels(found, options)
+        reason = _why_no_kernels(found, options) or _why_not_watched(found, constants, options)
         rows[found.output] = BlockRow(0, found.name, found.kind, reason or "")
         if reason is None:
             wanted.append(found)
@@ -66,10 +68,12 @@ def examine(graph_module: fx.GraphModule, inputs: Sequence[object], options: Bac
     return Examined(copied, constants, findings, tuple(fused), report)
 
 
-def find_again(graph_module: fx.GraphModule, inputs: Sequence[object], options: BackendOptions) -> Findings:
-    """The blocks of a graph with the weights that its inputs have now."""
+def find_again(
+    graph_module: fx.GraphModule, inputs: Sequence[object], options: BackendOptions
+) -> tuple[fx.GraphModule, Findings]:
+    """The blocks of a graph with the weights that its inputs have now, in a copy of the graph."""
     copied = copy_graph(graph_module)
-    return find_blocks(copied, constants_of(copied, inputs), lazy_tuner(options.tune))
+    return copied, find_blocks(copied, constants_of(copied, inputs), lazy_tuner(options.tune))
 
 
 def _why_no_kernels(found: FoundBlock, options: BackendOptions) -> str | None:
@@ -79,7 +83,12 @@ def _why_no_kernels(found: FoundBlock, options: BackendOptions) -> str | None:
         return NO_METADATA
     if x.dim() != 4:
         return f"its input must be [N, C, H, W], and is {list(x.shape)}"
-    if out.requires_grad and torch.is_grad_enabled():
+    for value in (x, out):
+        if is_traceable_wrapper_subclass(value) or is_functorch_wrapped_tensor(value):
+            return "its tensors are of a class or within a transform of torch.func, and compute in ways of their own"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "a forward gradient may be needed: call the model outside of torch.autograd.forward_ad.dual_level()"
+    if any(_needs_gradient(node) for node in found.nodes):
         return "a gradient may be needed: call the model under torch.no_grad() or torch.inference_mode()"
     if out.device.type == "cuda":
         if out.dtype not in GPU_DTYPES:
@@ -92,6 +101,24 @@ def _why_no_kernels(found: FoundBlock, options: BackendOptions) -> str | None:
         return "there are no kernels for CPUs; with min_speedup=0 a fused block computes the reference there"
     elif not out.dtype.is_floating_point:
         return f"it computes in {out.dtype}, not in a floating dtype"
+    return None
+
+
+def _needs_gradient(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _why_not_watched(found: FoundBlock, constants: Mapping[fx.Node, Tensor], options: BackendOptions) -> str | None:
+    """Why changes of a block's parameters would go unnoticed (`fusion.backend.watch`); None if they do not matter."""
+    if options.inductor.get("freezing"):
+        return None
+    parameters = (constants[each] for node in found.nodes for each in node.all_input_nodes if each in constants)
+    if any(parameter.is_inference() for parameter in parameters):
+        return (
+            "its parameters are made in inference mode, where PyTorch does not count changes: make the model outside "
+            "of torch.inference_mode(), or set the option freezing=True"
+        )
     return None
 
 

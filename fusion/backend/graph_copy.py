@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 GRAPH_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks")
 NODE_ATTRIBUTES = ("_dynamo_source",)
@@ -35,7 +34,7 @@ def constants_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Mapp
     """Nodes that stand for the model's parameters and buffers, and those tensors.
 
     `inputs` are the graph's, in order: Dynamo passes parameters with them. What has no values (fake tensors) is no
-    constant.
+    constant, nor are tensors of other classes, which may compute in ways of their own.
     """
     constants: dict[fx.Node, Tensor] = {}
     for node, value in zip(placeholders_of(graph_module), inputs, strict=True):
@@ -52,4 +51,4 @@ def constants_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Mapp
 
 
 def _has_values(value: Tensor) -> bool:
-    return not isinstance(value, FakeTensor) and value.device.type != "meta" and value.layout == torch.strided
+    return type(value) in (Tensor, nn.Parameter) and value.device.type != "meta" and value.layout == torch.strided

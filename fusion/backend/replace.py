@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from fusion.backend.chain import Chain, run_chain
+from fusion.backend.formats import dim_order, in_order, outputs_after, sees_formats
 from fusion.frontend.find import FoundBlock
-
-VIEWS = ("view", "as_strided", "stride", "is_contiguous")
-"""Methods whose result, or success, depends on the memory format."""
 
 
 def chained(found: Sequence[FoundBlock]) -> list[list[FoundBlock]]:
@@ -38,34 +36,32 @@ def replace_blocks(
 ) -> None:
     """Put a node for each chain, with its anchor, in the place of the blocks of its run, in `graph_module`.
 
-    Memory formats that the model sees stay as they were: those of the graph's outputs, and all of them if the graph
-    looks at any.
+    Memory formats that the model sees stay as they were: those of the graph's outputs, and all of them if it can tell
+    (`fusion.backend.formats`).
     """
     graph = graph_module.graph
-    inside = {node for run in runs for block in run for node in block.nodes}
-    sees_format = any(node.op == "call_method" and node.target in VIEWS for node in graph.nodes if node not in inside)
-    formats = {node: _memory_format(node) for node in _outputs(graph)}
+    is_seen = sees_formats(graph_module, runs)
+    orders = {} if is_seen else {node: dim_order(_value(node)) for node in outputs_after(graph, runs)}
     done: dict[fx.Node, fx.Node] = {}
     for run, chain, anchor in zip(runs, chains, anchors, strict=True):
         first, last = run[0], run[-1]
         with graph.inserting_before(last.output):
-            x = _prepared(graph, done.get(first.input, first.input), compute_dtype(first), chain)
+            x = _prepared(graph, first, done.get(first.input, first.input), chain)
             y = graph.call_function(run_chain._opoverload, (x, anchor, chain.handle))
             y.meta = {
                 name: last.output.meta[name]
                 for name in ("nn_module_stack", "stack_trace", "example_value")
                 if name in last.output.meta
             }
-            if sees_format and _memory_format(last.output) is not None:
-                y = graph.call_method("contiguous", (y,), {"memory_format": _memory_format(last.output)})
+            if is_seen and (order := dim_order(_value(last.output))) is not None:
+                y = in_order(graph, y, order)
         last.output.replace_all_uses_with(y)
         done[last.output] = y
-        formats = {(y if node is last.output else node): kept for node, kept in formats.items()}
+        orders = {(y if node is last.output else node): order for node, order in orders.items()}
         for block in reversed(run):
             for node in reversed(block.nodes):
                 graph.erase_node(node)
-    if not sees_format:
-        _keep_formats(graph, formats)
+    _keep_orders(graph, orders)
     graph.lint()
     graph_module.recompile()
 
@@ -85,12 +81,13 @@ def drop_unused(graph_module: fx.GraphModule, constants: Mapping[fx.Node, Tensor
 
 def compute_dtype(block: FoundBlock) -> torch.dtype:
     """The dtype that a block gives, under autocast that of its convolutions."""
-    return block.output.meta["example_value"].dtype
+    return _value(block.output).dtype
 
 
-def _prepared(graph: fx.Graph, x: fx.Node, dtype: torch.dtype, chain: Chain) -> fx.Node:
-    """The input of a chain: in its dtype, channels_last."""
-    if x.meta["example_value"].dtype != dtype:
+def _prepared(graph: fx.Graph, block: FoundBlock, x: fx.Node, chain: Chain) -> fx.Node:
+    """The input of a chain that begins with a block, `x`: in the chain's dtype, channels_last."""
+    dtype = compute_dtype(block)
+    if _value(block.input).dtype != dtype:
         x = graph.call_method("to", (x, dtype))
     if not chain.reads_any_format:
         # What made it writes it so: a copy here is one with its last kernel.
@@ -98,26 +95,15 @@ def _prepared(graph: fx.Graph, x: fx.Node, dtype: torch.dtype, chain: Chain) -> 
     return x
 
 
-def _outputs(graph: fx.Graph) -> list[fx.Node]:
+def _value(node: fx.Node) -> Tensor:
+    """Dynamo's fake tensor for a node."""
+    return node.meta["example_value"]
+
+
+def _keep_orders(graph: fx.Graph, orders: Mapping[fx.Node, Sequence[int]]) -> None:
+    """Give outputs with their dimensions in these orders in memory."""
     (output,) = graph.find_nodes(op="output")
-    return list(output.all_input_nodes)
-
-
-def _memory_format(node: fx.Node) -> torch.memory_format | None:
-    value = node.meta.get("example_value")
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        return None
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        if value.is_contiguous(memory_format=memory_format):
-            return memory_format
-    return None
-
-
-def _keep_formats(graph: fx.Graph, formats: Mapping[fx.Node, torch.memory_format | None]) -> None:
-    (output,) = graph.find_nodes(op="output")
-    for node, memory_format in formats.items():
-        if memory_format is None or node.op == "placeholder":
-            continue
+    for node, order in orders.items():
         with graph.inserting_before(output):
-            kept = graph.call_method("contiguous", (node,), {"memory_format": memory_format})
+            kept = in_order(graph, node, order)
         output.replace_input_with(node, kept)

@@ -14,6 +14,9 @@ from fusion.modules import FusedBlock, Tuner
 from fusion.planner.plan import plan_block
 from fusion.real_tensors import real_tensors
 
+AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+"""What enters an autocast context in a graph, and what leaves it."""
+
 
 @dataclass(frozen=True)
 class FoundBlock:
@@ -122,7 +125,8 @@ def _hazards(graph: LayerGraph, candidate: Candidate) -> Iterator[str]:
     for node in graph.nodes[start:stop]:
         if node not in parts and any(changed in shared for changed in graph.memory.changes(node)):
             yield f"its input may be changed in place by {node.name!r} before its output is there"
-    if _autocast_depth(graph.nodes[:start]) > 0:
+    entered = _autocast_depth(graph.nodes[:start]) > 0
+    if entered or any(node.target in AUTOCAST for node in graph.nodes[start:stop]):
         yield (
             "it runs under torch.autocast, which chooses a dtype for each layer; convert the model to 16 bits instead, "
             "or call it under autocast from outside"
@@ -132,6 +136,5 @@ def _hazards(graph: LayerGraph, candidate: Candidate) -> Iterator[str]:
 def _autocast_depth(nodes: Sequence[fx.Node]) -> int:
     """How many autocast contexts are entered, and not left again, in these nodes."""
     targets = [node.target for node in nodes if node.op == "call_function"]
-    return targets.count(torch.amp.autocast_mode._enter_autocast) - targets.count(
-        torch.amp.autocast_mode._exit_autocast
-    )
+    enter, leave = AUTOCAST
+    return targets.count(enter) - targets.count(leave)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fusion.planner.tile import ConvFirstTile
+from fusion.relaunch import launch_kernel
 from fusion.triton_kernels.activations import activated
 
 
@@ -225,7 +226,9 @@ def launch(
     in_channels, height, width = x.shape[1:]
     batch, out_channels, out_height, out_width = out.shape
     options = {"activation": activation, "residual": residual, "stride": stride, "tile": tile}
-    kernel[(tile.programs(batch, out_height, out_width),)](
+    launch_kernel(
+        kernel,
+        (tile.programs(batch, out_height, out_width),),
         x,
         conv,
         expand,

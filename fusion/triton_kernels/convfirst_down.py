@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fusion.planner.convfirst_down_tile import BORDERS, TAPS, ConvFirstDownTile
+from fusion.relaunch import launch_kernel
 from fusion.triton_kernels.activations import activated
 from fusion.triton_kernels.convfirst import load_matrix, output_start, slab_start
 
@@ -24,9 +25,9 @@ _TAPS = tl.constexpr(TAPS)
 
 
 @triton.constexpr_function
-def slab_taps(slabs, index):
-    """Offset of the taps of slab `index` among those of one kind of border."""
-    return sum(TAPS * 2 * slab * slab for slab in slabs[:index])
+def slab_taps(slabs, index, taps):
+    """Offset of the taps of slab `index` among those of one kind of border, `taps` for each slab."""
+    return sum(taps * 2 * slab * slab for slab in slabs[:index])
 
 
 @triton.jit
@@ -142,7 +143,7 @@ def convfirst_down_kernel(
     kind, n, row, column, exists = program_pixels(N, H, W, PIXELS)
     out_pixel = (n * ((H + 1) // 2) + row) * ((W + 1) // 2) + column  # [PIXELS], in 64 bits
     in_pixel = (n * H + 2 * row) * W + 2 * column
-    taps = conv_ptr + kind * slab_taps(IN_SLABS, len(IN_SLABS))
+    taps = conv_ptr + kind * slab_taps(IN_SLABS, len(IN_SLABS), _TAPS)
     # Rows that no tap moves into the image.
     in_row = tl.where(exists, 2 * row, -_TAPS)
 
@@ -150,7 +151,7 @@ def convfirst_down_kernel(
     for i in tl.static_range(len(IN_SLABS)):
         y = blurred_conv(
             x_ptr,
-            taps + slab_taps(IN_SLABS, i),
+            taps + slab_taps(IN_SLABS, i, _TAPS),
             in_pixel,
             in_row,
             2 * column,
@@ -229,7 +230,9 @@ def launch(
     is checked here. `kernel` may be a wrapped `convfirst_down_kernel`, for tracing.
     """
     batch, in_channels, height, width = x.shape
-    kernel[(tile.programs(batch, height, width),)](
+    launch_kernel(
+        kernel,
+        (tile.programs(batch, height, width),),
         x,
         conv,
         expand,

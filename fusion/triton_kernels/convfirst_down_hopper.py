@@ -15,6 +15,7 @@ A ring holds all channels. Where they are many, `convfirst_down_pieces.py` has 1
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -43,6 +44,7 @@ from fusion.planner.hopper_tile import (
     WARPS,
     WEIGHT_COLUMNS,
 )
+from fusion.relaunch import launch_kernel
 from fusion.triton_kernels.convfirst_down_pieces import (
     column_weights,
     conv_pieces,
@@ -531,6 +533,7 @@ def convfirst_down_hopper_kernel(
         run_with_rings(x_desc, weights, others, out_ptr, index, jobs, rows, images, streams, S)
 
 
+@cache
 def constants(
     out_height: int,
     out_width: int,
@@ -601,7 +604,9 @@ def launch(x, weights, project_bias, out, *, hidden_channels: int, tile: ConvFir
         weights_box(spec),
         flat_layout(),
     )
-    convfirst_down_hopper_kernel[(work.grid,)](
+    launch_kernel(
+        convfirst_down_hopper_kernel,
+        (work.grid,),
         planes_of_rows,
         rows_of_weights,
         weights,

@@ -20,6 +20,7 @@ nothing but weights and biases until it has.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -45,6 +46,7 @@ from fusion.planner.hopper_tile import (
     HopperTile,
 )
 from fusion.planner.slabs import NARROWEST
+from fusion.relaunch import launch_kernel
 from fusion.triton_kernels.hopper_layouts import (
     box_layout,
     channel_layout,
@@ -762,6 +764,7 @@ def convfirst_hopper_kernel(
         )
 
 
+@cache
 def constants(
     height: int,
     width: int,
@@ -837,7 +840,9 @@ def launch(x, weights, project_bias, out, *, hidden_channels: int, residual: boo
         weights_box(spec),
         flat_layout(),
     )
-    convfirst_hopper_kernel[(work.grid,)](
+    launch_kernel(
+        convfirst_hopper_kernel,
+        (work.grid,),
         streams_of_rows,
         rows_of_weights,
         weights,

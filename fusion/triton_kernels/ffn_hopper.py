@@ -15,6 +15,7 @@ nothing but weights and biases until it has.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fusion.planner.ffn_tile import BLOCK_PIXELS, PARTITIONS, WARPS, WEIGHT_COLUMNS, FfnTile
+from fusion.relaunch import launch_kernel
 from fusion.triton_kernels.hopper_layouts import (
     operand_layout,
     plain_layout,
@@ -490,6 +492,7 @@ def ffn_hopper_kernel(
     )
 
 
+@cache
 def constants(in_channels: int, hidden_channels: int, out_channels: int, *, residual: bool, tile: FfnTile) -> Spec:
     """Compile-time constants of the kernel for these channels and this tile."""
     return Spec(
@@ -547,7 +550,9 @@ def launch(x, weights, hidden_bias, project_bias, out, *, hidden_channels: int, 
             if argument in boxes:
                 layout = descriptor_layout(boxes[argument])
                 descriptors[argument] = TensorDescriptor(tensor, shape, [shape[1], 1], boxes[argument], layout)
-    ffn_hopper_kernel[(work.grid,)](
+    launch_kernel(
+        ffn_hopper_kernel,
+        (work.grid,),
         **descriptors,
         hidden_bias_ptr=hidden_bias,
         project_bias_ptr=project_bias,

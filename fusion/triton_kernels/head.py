@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fusion.planner.head_tile import HeadTile
+from fusion.relaunch import launch_kernel
 from fusion.triton_kernels.activations import activated
 from fusion.triton_kernels.native import silu_of_double
 
@@ -104,7 +105,9 @@ def launch(x, conv, bias, out, *, activation: str, tile: HeadTile, kernel=head_k
     """
     batch, in_channels, height, width = x.shape
     out_channels = out.shape[1]
-    kernel[(tile.programs(batch, out_channels),)](
+    launch_kernel(
+        kernel,
+        (tile.programs(batch, out_channels),),
         x,
         conv,
         bias,

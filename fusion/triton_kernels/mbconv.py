@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fusion.mbconv_weights import packed_kernel_size
 from fusion.planner.mbconv_tile import MBConvTile
+from fusion.relaunch import launch_kernel, scratch, zero
 from fusion.triton_kernels.activations import activated
 from fusion.triton_kernels.convfirst import load_matrix, slab_start
 
@@ -369,10 +370,10 @@ def new_workspace(
     window_height, window_width = tile.window(height, width, kernel_size)
     squeezed = (batch, *([parts] if ordered else []), tile.padded_squeeze(squeeze_channels))
     return Workspace(
-        x.new_empty((images * parts, window_height * window_width, tile.hidden)),
-        x.new_empty((images, height, width, hidden)),
-        x.new_empty((images * programs, hidden)),
-        x.new_empty(squeezed, dtype=torch.float32),
+        scratch(x, (images * parts, window_height * window_width, tile.hidden)),
+        scratch(x, (images, height, width, hidden)),
+        scratch(x, (images * programs, hidden)),
+        scratch(x, squeezed, torch.float32),
     )
 
 
@@ -412,7 +413,7 @@ def launch(
         workspace = new_workspace(x, **sizes, kernel_size=kernel_size, ordered=ordered, tile=tile)
     scratch, y, gates, squeezed = workspace
     if not ordered:
-        squeezed.zero_()
+        zero(squeezed)
     produce = produce_constants(
         height,
         width,
@@ -438,7 +439,9 @@ def launch(
     parts = tile.parts(height, width, hidden)
     programs = tile.project_programs(height, width, out.shape[1])
     for first_image, images in micro_batches(batch, tile.images):
-        wrap(produce_kernel)[(images * parts,)](
+        launch_kernel(
+            wrap(produce_kernel),
+            (images * parts,),
             x,
             expand,
             expand_bias,
@@ -454,7 +457,9 @@ def launch(
             **produce,
             num_warps=tile.warps,
         )
-        wrap(project_kernel)[(images * programs,)](
+        launch_kernel(
+            wrap(project_kernel),
+            (images * programs,),
             x,
             y,
             squeezed,

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fusion.mbconv_weights import packed_kernel_size
 from fusion.planner.mbconv_down_tile import MBConvDownTile
+from fusion.relaunch import launch_kernel, scratch, zero
 from fusion.triton_kernels.activations import activated
 from fusion.triton_kernels.convfirst import load_matrix
 from fusion.triton_kernels.mbconv import expand_window, micro_batches, project_constants, project_kernel
@@ -598,11 +599,11 @@ def new_workspace(
     project_programs = tile.project_programs(out_height, out_width, out_channels)
     squeezed = (batch, *([parts] if ordered else []), tile.padded_squeeze(squeeze_channels))
     return DownWorkspace(
-        x.new_empty((programs, window)),
-        x.new_empty((programs, max(full, 1))),
-        x.new_empty((images, out_height, out_width, hidden)),
-        x.new_empty((images * project_programs, hidden)),
-        x.new_empty(squeezed, dtype=torch.float32),
+        scratch(x, (programs, window)),
+        scratch(x, (programs, max(full, 1))),
+        scratch(x, (images, out_height, out_width, hidden)),
+        scratch(x, (images * project_programs, hidden)),
+        scratch(x, squeezed, torch.float32),
     )
 
 
@@ -644,7 +645,7 @@ def launch(
         workspace = new_workspace(x, **sizes, kernel_size=kernel_size, ordered=ordered, tile=tile, blur=blur)
     window, full, y, gates, squeezed = workspace
     if not ordered:
-        squeezed.zero_()
+        zero(squeezed)
     produce = produce_down_constants(
         height,
         width,
@@ -671,7 +672,9 @@ def launch(
     parts = tile.parts(out_height, out_width, hidden)
     project_programs = tile.project_programs(out_height, out_width, out_channels)
     for first_image, images in micro_batches(batch, tile.images):
-        wrap(produce_down_kernel)[(torch.sym_min(tile.programs, images * parts),)](
+        launch_kernel(
+            wrap(produce_down_kernel),
+            (torch.sym_min(tile.programs, images * parts),),
             x,
             expand,
             expand_bias,
@@ -689,7 +692,9 @@ def launch(
             **produce,
             num_warps=tile.warps,
         )
-        wrap(project_kernel)[(images * project_programs,)](
+        launch_kernel(
+            wrap(project_kernel),
+            (images * project_programs,),
             x,
             y,
             squeezed,

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
 from fusion.planner.slabs import WIDEST
+from fusion.relaunch import launch_kernel, scratch
 from fusion.triton_kernels.hopper_layouts import plain_layout, rows_layout
 from fusion.triton_kernels.hopper_parts import (
     fence_async_global,
@@ -269,14 +270,17 @@ def launch(
     options = {"activation": activation, "squeeze_activation": squeeze_activation, "blur": blur, "tile": tile}
     spec = constants(height, width, *channels, **options)
     programs = min(batch, processor_count(x.device.index))
-    elements = 1 if spec.projected.resident else programs * tile.workspace_elements(height, width, hidden_channels)
-    workspace = torch.empty(elements, dtype=x.dtype, device=x.device)
+    # Hidden channels that stay in shared memory need no workspace: then the kernel does not touch what stands for it.
+    shape = (programs, tile.workspace_elements(height, width, hidden_channels))
+    workspace = out if spec.projected.resident else scratch(x, shape)
     boxes = descriptor_boxes(spec.projected)
     rows = {"hidden_desc": workspace, **{f"v{width}_desc": project for width in PRODUCT_WIDTHS}}
     descriptors = {name: rows_descriptor(tensor, boxes.get(name)) for name, tensor in rows.items()}
     for first in range(0, batch, programs):
         images = slice(first, first + programs)
-        mbconv_down_hopper_kernel[(len(x[images]),)](
+        launch_kernel(
+            mbconv_down_hopper_kernel,
+            (len(x[images]),),
             x_ptr=x[images],
             out_ptr=out[images],
             **descriptors,

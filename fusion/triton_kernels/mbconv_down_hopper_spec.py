@@ -1,6 +1,7 @@
 """Compile-time constants of the Hopper kernel of the stride-2 MBConv block."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from fusion.planner.mbconv_down_hopper_tile import PIECE, MBConvDownHopperTile
 from fusion.planner.mbconv_hopper_tile import LANES
@@ -82,6 +83,7 @@ class DownSpec:
         return self.output_unit(len(self.projected.out_slabs)) + elements // UNIT_ELEMENTS
 
 
+@cache
 def constants(
     height: int,
     width: int,

@@ -30,6 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fusion.planner import mbconv_hopper_tile as planned
 from fusion.planner import slabs
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
+from fusion.relaunch import launch_kernel, scratch
 from fusion.triton_kernels.hopper_layouts import flat_layout, plain_layout, rows_layout
 from fusion.triton_kernels.hopper_parts import (
     fence_async_global,
@@ -319,14 +320,17 @@ def launch(
         tile=tile,
     )
     programs = min(batch, processor_count(x.device.index))
-    elements = 1 if spec.resident else programs * tile.workspace_elements(width, hidden_channels)
-    workspace = torch.empty(elements, dtype=x.dtype, device=x.device)
+    # Hidden channels that stay in shared memory need no workspace: then the kernel does not touch what stands for it.
+    shape = (programs, tile.workspace_elements(width, hidden_channels))
+    workspace = out if spec.resident else scratch(x, shape)
     boxes = descriptor_boxes(spec)
     rows = {"hidden_desc": workspace, **{f"v{width}_desc": project for width in PRODUCT_WIDTHS}}
     descriptors = {name: rows_descriptor(tensor, boxes.get(name)) for name, tensor in rows.items()}
     for first in range(0, batch, programs):
         images = slice(first, first + programs)
-        mbconv_hopper_kernel[(len(x[images]),)](
+        launch_kernel(
+            mbconv_hopper_kernel,
+            (len(x[images]),),
             x_ptr=x[images],
             out_ptr=out[images],
             **descriptors,

@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from functools import cache
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -178,6 +179,7 @@ class Spec:
         return self.in_slabs == self.out_slabs
 
 
+@cache
 def constants(
     height: int,
     width: int,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fusion.planner.stem_tile import BIAS_TERMS, StemTile, window
+from fusion.relaunch import launch_kernel
 from fusion.triton_kernels.activations import activated
 from fusion.triton_kernels.native import rounded_relu, silu_of_double
 
@@ -141,7 +142,9 @@ def launch(x, interleaved, planar, out, *, activation: str, tile: StemTile, kern
     batch, in_channels, height, width = x.shape
     out_channels, out_height, out_width = out.shape[1:]
     is_planar = in_channels > 1 and x.stride(1) > 1
-    kernel[tile.grid(batch, out_height, out_width)](
+    launch_kernel(
+        kernel,
+        tile.grid(batch, out_height, out_width),
         x,
         planar if is_planar else interleaved,
         out,

@@ -13,6 +13,7 @@ the registers of the left operand, while the block before is computed.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,6 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fusion.planner.hopper_tile import BLOCK_PIXELS, MAX_JOBS, MAX_ROWS, WARPS, WEIGHT_COLUMNS
 from fusion.planner.stem_convfirst_hopper_tile import IN_CHANNELS, RING_ROWS, WIDTH, StemConvFirstHopperTile
 from fusion.planner.stem_tile import KERNEL_SIZE
+from fusion.relaunch import launch_kernel
 from fusion.triton_kernels.convfirst_hopper import (
     Spec,
     copy_matrix,
@@ -309,6 +311,7 @@ def stem_convfirst_hopper_kernel(
         store_row(out_ptr, sums[len(S.out_slabs) :], out_row + 1, 0, rows, 0, 1, block, S)
 
 
+@cache
 def constants(
     height: int,
     width: int,
@@ -381,7 +384,9 @@ def launch(
         weights_box(spec),
         flat_layout(),
     )
-    stem_convfirst_hopper_kernel[(work.grid,)](
+    launch_kernel(
+        stem_convfirst_hopper_kernel,
+        (work.grid,),
         x,
         stem,
         rows_of_weights,

@@ -72,7 +72,7 @@ def _entry(**changes) -> str:
         (lambda: "", "JSONDecodeError"),
         (lambda: "[]", "TypeError"),
         (lambda: _entry(format=cache.TILES.format + 1), f"format {cache.TILES.format + 1}"),
-        (lambda: _entry(key={}), "belongs to another block"),
+        (lambda: _entry(key={}), "belongs to something else"),
         (lambda: _entry(kernel="__import__('os')"), "ValueError: kernel .* is unknown"),
         (lambda: _entry(kernel="convfirst_hopper"), "TypeError"),
         (lambda: _entry(tile={"height": 8}), "TypeError"),

@@ -63,6 +63,10 @@ def taping() -> Iterator[Tape]:
 
 def launch_kernel(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
     """`kernel[grid](*args, **kwargs)` for all kernels of fused blocks. The kernel may be a wrapped one, for tracing."""
+    # Imported here: Triton takes a while, and a CPU needs none.
+    from fusion.triton_kernels.cache_keys import settle_cache_keys
+
+    settle_cache_keys(kernel)
     compiled = kernel[grid](*args, **kwargs)
     tape = _tape.get()
     if tape is not None:

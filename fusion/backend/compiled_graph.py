@@ -9,6 +9,7 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import RestartAnalysis
 from torch._inductor import config as inductor_config
 
 from fusion.backend.chain import Chain
@@ -48,6 +49,8 @@ class CompiledGraph:
             if examined.fused:
                 self._folded = _Folded(self._original, examined, options)
                 run = self._folded.compile(inputs)
+        except RestartAnalysis:
+            raise  # no failure: Dynamo is to trace the model again, and comes back with another graph
         except Exception as error:
             if options.strict:
                 raise

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Sequence
 from operator import attrgetter
 
-from torch import Tensor
+from torch import Tensor, nn
 
 VERSION = attrgetter("_version")
 ADDRESS = Tensor.data_ptr
@@ -56,7 +56,8 @@ def _batch_counters(tensors: Sequence[Tensor]) -> list[Tensor]:
     In train mode batch norm changes its statistics without counting versions, outside of compiled graphs. The module
     adds one to a counter then, and that has a version. Nothing leads from a tensor to its module but a search.
     """
-    ids = set(map(id, tensors))
-    buffers = [each for each in gc.get_objects() if type(each) is dict and "num_batches_tracked" in each]
-    counters = [each["num_batches_tracked"] for each in buffers if id(each.get("running_mean")) in ids]
+    # Statistics are vectors. Only what refers to them is asked for: objects that other threads are making stay theirs.
+    vectors = {id(each): each for each in tensors if each.dim() == 1 and not isinstance(each, nn.Parameter)}
+    buffers = [each for each in gc.get_referrers(*vectors.values()) if type(each) is dict]
+    counters = [each.get("num_batches_tracked") for each in buffers if id(each.get("running_mean")) in vectors]
     return [counter for counter in counters if isinstance(counter, Tensor) and not counter.is_inference()]

@@ -243,6 +243,21 @@ def test_on_cpus_blocks_are_left_to_inductor(network, images, uncompiled):
     assert not chains_in(uncompiled[0])
 
 
+def test_numbers_among_the_inputs(random_block):
+    """Inductor has Dynamo trace a graph of changing numbers again, which is no failure."""
+    block = random_block(8, 8, expansion=3).double()
+
+    def model(x, scale):
+        return block(x * scale) + scale
+
+    x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
+    fused = torch.compile(model, backend=compile_graph, dynamic=True, options={"min_speedup": 0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for scale in (0.1, 0.2, 0.3):
+            assert_close(fused(x, scale), model(x, scale))
+
+
 def test_an_unknown_option_raises(network, images):
     with pytest.raises(Exception, match="'fuse_all' of the backend 'fusion' is unknown"):
         torch.compile(network, backend=compile_graph, options={"fuse_all": True})(images())

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from random import Random
 
 import pytest
@@ -18,6 +19,7 @@ from fusion.planner.mbconv_hopper_tile import LOCAL_MEMORY_BYTES
 from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
 from fusion.reference import mbconv_down
+from fusion.relaunch import scratch
 from fusion.triton_kernels import mbconv_down_hopper
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -65,10 +67,10 @@ class Case:
         fits = resident.memory_bytes(*sizes) <= LOCAL_MEMORY_BYTES
         return replace(resident, resident=int(fits and not self.streams))
 
-    def workspace(self, processors):
-        """Elements of the workspace of a call."""
+    def workspaces(self, processors):
+        """Elements of the workspace of a call, if it has one."""
         programs = min(self.batch, processors)
-        return 1 if self.planned.resident else programs * self.planned.workspace_elements(*self.size, self.hidden)
+        return [] if self.planned.resident else [programs * self.planned.workspace_elements(*self.size, self.hidden)]
 
     def shape(self):
         graph = mbconv_graph(
@@ -251,13 +253,13 @@ def check(case, random_mbconv_weights, assert_within_rule):
 @pytest.fixture
 def workspaces(monkeypatch):
     """Elements of each workspace that a launch allocates, which are full of NaN."""
-    sizes, empty = [], torch.empty
+    sizes = []
 
-    def poisoned(*size, **options):
-        sizes.append(size[0])
-        return empty(*size, **options).fill_(float("nan"))
+    def poisoned(like, shape, dtype=None):
+        sizes.append(prod(shape))
+        return scratch(like, shape, dtype).fill_(float("nan"))
 
-    monkeypatch.setattr(mbconv_down_hopper.torch, "empty", poisoned)
+    monkeypatch.setattr(mbconv_down_hopper, "scratch", poisoned)
     return sizes
 
 
@@ -353,7 +355,7 @@ def test_reads_nothing_of_the_workspace_that_it_has_not_written(case, random_mbc
     packed, out = kernels.pack(weights, case.planned, x.dtype, x.device), empty_output(x, weights.out_channels)
     workspaces.clear()
     run_kernel(x, weights, case, packed, out)
-    assert workspaces == [case.workspace(FEW_PROCESSORS)], "one for all launches"
+    assert workspaces == case.workspaces(FEW_PROCESSORS), "one for all launches"
     monkeypatch.undo()
     assert out.isfinite().all()
     assert torch.equal(run_kernel(x, weights, case, packed), out)

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from random import Random
 
 import pytest
@@ -17,6 +18,7 @@ from fusion.planner.mbconv_hopper_tile import MBConvHopperTile, candidate_tiles,
 from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
 from fusion.reference import mbconv
+from fusion.relaunch import scratch
 from fusion.triton_kernels import mbconv_hopper
 from models import MBConv
 
@@ -69,10 +71,10 @@ class Case:
         out_channels = self.out_channels or self.channels
         return self.planned.is_resident(self.size[1], self.channels, self.hidden, out_channels, self.squeeze)
 
-    def workspace(self, processors):
-        """Elements of the workspace of a call."""
+    def workspaces(self, processors):
+        """Elements of the workspace of a call, if it has one."""
         programs = min(self.batch, processors)
-        return 1 if self.resident else programs * self.planned.workspace_elements(self.size[1], self.hidden)
+        return [] if self.resident else [programs * self.planned.workspace_elements(self.size[1], self.hidden)]
 
     def shape(self):
         graph = mbconv_graph(
@@ -223,13 +225,13 @@ def check(case, random_mbconv_weights, assert_within_rule):
 @pytest.fixture
 def workspaces(monkeypatch):
     """Elements of each workspace that a launch allocates, which are full of NaN."""
-    sizes, empty = [], torch.empty
+    sizes = []
 
-    def poisoned(*size, **options):
-        sizes.append(size[0])
-        return empty(*size, **options).fill_(float("nan"))
+    def poisoned(like, shape, dtype=None):
+        sizes.append(prod(shape))
+        return scratch(like, shape, dtype).fill_(float("nan"))
 
-    monkeypatch.setattr(mbconv_hopper.torch, "empty", poisoned)
+    monkeypatch.setattr(mbconv_hopper, "scratch", poisoned)
     return sizes
 
 
@@ -290,7 +292,7 @@ def test_reads_nothing_of_the_workspace_that_it_has_not_written(case, random_mbc
     packed, out = kernels.pack(weights, case.planned, x.dtype, x.device), empty_output(x, weights.out_channels)
     workspaces.clear()
     run_kernel(x, weights, case, packed, out)
-    assert workspaces == [case.workspace(FEW_PROCESSORS)], "one for all launches"
+    assert workspaces == case.workspaces(FEW_PROCESSORS), "one for all launches"
     monkeypatch.undo()
     assert out.isfinite().all()
     assert torch.equal(run_kernel(x, weights, case, packed), out)
@@ -382,7 +384,7 @@ def test_stacked_blocks_are_the_blocks_one_after_another(
     for _ in range(3):
         workspaces.clear()
         assert torch.equal(run_kernel(x, first, case, stacked), out)
-        assert workspaces == [case.workspace(FEW_PROCESSORS)], "one for all launches and blocks"
+        assert workspaces == case.workspaces(FEW_PROCESSORS), "one for all launches and blocks"
 
 
 def test_sums_are_fp32(random_mbconv_weights):

@@ -78,6 +78,7 @@ class FusedHead(FusedEdge):
 
     def features(self, x: Tensor) -> Tensor:
         """The map ahead of the pool, `[N, K, H, W]`, layer by layer in the dtype of `x`."""
+        self.guard_identity()
         return reference.head_features(x, *self._rounded(x), self.activation)
 
     def _graph(self, *sizes: int, **options) -> BlockGraph:

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusion.edge_modules import FusedStem
+from fusion.identity import Identified
 from fusion.launch_record import InputKind
 from fusion.modules import FusedConvFirst, processor_of_device
 from fusion.planner.families import STEM_CONVFIRST_HOPPER
@@ -17,7 +18,7 @@ from fusion.stem_convfirst_module import FusedStemConvFirst
 from fusion.stem_convfirst_weights import StemConvFirstWeights
 
 
-class JoinedStem(nn.Module):
+class JoinedStem(Identified):
     """The twins of a stem and of the block after it, and that of both together: `[N, C, H, W] -> [N, K, H', W']`.
 
     So the stem's output, a network's largest tensor, need not reach memory. For every shape of the input the faster
@@ -39,6 +40,7 @@ class JoinedStem(nn.Module):
         self.together = together
 
     def forward(self, x: Tensor) -> Tensor:
+        self.guard_identity()
         return self.together(x) if self.runs_together(x) else self.block(self.stem(x))
 
     @torch.compiler.assume_constant_result

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusion import kernels, reference
 from fusion.ffn_weights import FfnWeights
+from fusion.identity import Identified
 from fusion.kernels import Packed, Weights
 from fusion.launch_record import InputKind, record_launch
 from fusion.mbconv_weights import MBConvWeights
@@ -30,7 +31,7 @@ REFERENCE_PROCESSOR = "h200"
 """Whose plan lays out the weights where no kernel runs, on CPUs."""
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(Identified):
     """A block for inference: `[N, C, H, W] -> [N, K, H, W]`, channels_last.
 
     Takes fp16 and bf16 on GPUs and any floating dtype on CPUs, where it computes the reference. The plan is made at the
@@ -118,6 +119,7 @@ class FusedBlock(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: the input must be [N, {self.weights.in_channels}, H, W], got {list(x.shape)}"
             )
+        self.guard_identity()
         kernel, tile, packed = self._layout(x)
         run = partial(self.run, x, kernel, tile, packed)
         key = launch_key(x)

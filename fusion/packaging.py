@@ -34,9 +34,8 @@ def package(
 
     Kernels are portable ones (`fuse(portable=True)`), whose code the file can hold. On Hopper GPUs they take more time
     than those that are made for Hopper, and a stem is not joined with the block after it, nor do several blocks run in
-    one launch: on an H100 ConvFirstNet-Pico takes 4.0 times as long, ConvFirstNet-Small 3.3 times. So where Python is
-    at hand, a `FusedModule` is faster. Blocks without a portable kernel, and all other
-    layers, are compiled by Inductor.
+    one launch: a whole network takes several times as long. So where Python is at hand, a `FusedModule` is faster.
+    Blocks without a portable kernel, and all other layers, are compiled by Inductor.
 
     Args:
         module: the network, in eval mode, for `fuse(module, example_input, portable=True, **fuse_options)`; or what

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion import kernels
+from fusion.identity import Identified
 from fusion.launch_record import InputKind, record_launch
 from fusion.mbconv_hopper_weights import PackedMBConvHopper
 from fusion.modules import FusedBlock, FusedMBConv, copy_packed, processor_of_device
@@ -20,7 +21,7 @@ from fusion.relaunch import Relaunch, RelaunchChain, Relaunches, launch_key
 MicroBatch = int | Literal["auto"] | None
 
 
-class FusedStage(nn.Module):
+class FusedStage(Identified):
     """Consecutive fused blocks (section 5.5.2): `[N, C, H, W] -> [N, K, H, W]`, or what the last one gives.
 
     `micro_batch` is the number of images that run through all blocks before the next ones, so that activations and
@@ -82,6 +83,7 @@ class FusedStage(nn.Module):
         return micro_batch_images(graphs, get_processor(processor_of_device(x.device)), whole_images)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.guard_identity()
         if self._takes_whole_batch():
             return self._run(x)
         self._check(x)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import StringIO
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from fusion.planner.plan import Plan
 from fusion.stage import FusedStage
 from fusion.timing import graph_us
 from fusion.trace import Trace, unfused_layers
+from fusion.wide_text import wide_text
 
 NOT_A_BLOCK = "not a block"
 NO_PLAN = "no plan yet: pass an input to explain(), or an example_input to fusion.fuse"
@@ -20,8 +20,6 @@ NOT_RUN = "does not run for this input"
 
 REPEATS = 8
 """Calls in a measured graph: a single kernel is too short to time."""
-WIDE = 10_000
-"""Console width in characters: no table is squeezed or cut, whatever the terminal or pipe."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,6 @@ class Explanation:
 
     def __str__(self) -> str:
         from rich import box
-        from rich.console import Console
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, show_footer=True)
@@ -108,12 +105,9 @@ class Explanation:
             table.add_column(title, footer=footer, justify=justify, no_wrap=True)
         for row in self.rows:
             table.add_row(*_cells(row))
-        text = StringIO()
-        console = Console(file=text, width=WIDE, markup=False, emoji=False, highlight=False)
-        console.print(table)
-        if self.network_us is not None:
-            console.print(f"the whole network, measured: {self.network_us:.1f} us")
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+        if self.network_us is None:
+            return wide_text(table)
+        return wide_text(table, f"the whole network, measured: {self.network_us:.1f} us")
 
     __repr__ = __str__
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import StringIO
 
 from fusion.backend.judge import Verdict
 from fusion.planner.plan import Plan
+from fusion.wide_text import wide_text
 
-WIDE = 10_000
-"""Console width in characters: no table is squeezed or cut, whatever the terminal or pipe."""
 FUSED = "fused"
 
 
@@ -99,22 +97,14 @@ class CompileReport:
 
     def __str__(self) -> str:
         from rich import box
-        from rich.console import Console
         from rich.table import Table
 
-        text = StringIO()
-        console = Console(file=text, width=WIDE, markup=False, emoji=False, highlight=False)
-        if self.rows:
-            table = Table(box=box.SIMPLE_HEAD)
-            for title, justify in zip(TITLES, JUSTIFY, strict=True):
-                table.add_column(title, justify=justify, no_wrap=True)
-            for row in self.rows:
-                table.add_row(*_cells(row))
-            console.print(table)
-        console.print(self.summary())
-        for error in self.errors:
-            console.print(error)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+        table = Table(box=box.SIMPLE_HEAD)
+        for title, justify in zip(TITLES, JUSTIFY, strict=True):
+            table.add_column(title, justify=justify, no_wrap=True)
+        for row in self.rows:
+            table.add_row(*_cells(row))
+        return wide_text(*([table] if self.rows else []), self.summary(), *self.errors)
 
     __repr__ = __str__
 

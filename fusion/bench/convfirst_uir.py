@@ -14,8 +14,6 @@ STAGES = (
 """In timm's notation: r repeats, a3 a convolution 3x3 first, k0 none in the middle, s stride, e expansion, c channels,
 gs group width. The stem has stride 2, so the first stage of 256 x 256 images is 128 x 128."""
 STEM_CHANNELS = 32
-IMAGE_SIZE = 256
-"""Height = width in pixels of the images that it is measured on."""
 
 
 def convfirst_uir(**arguments: object) -> nn.Module:

@@ -180,20 +180,10 @@ def _keeper(rows: list[dict], meta: dict, path: str | None) -> Callable[[dict], 
 
 
 def _verdict(rows: list[dict]) -> int:
-    from fusion.reference import ERROR_FACTOR
-
-    wrong = False
+    wrong = report.print_wrong(rows, "error")
     for row in rows:
-        name = f"{row['model']} at {row['size']}, batch {row['batch']}"
-        error, eager = row["error"], row["eager_error"]
-        if row["failed"]:
-            wrong = True
-            print(f"FAILED: {name}: {row['failed']}")
-        if error is not None and not error <= ERROR_FACTOR * eager:
-            wrong = True
-            print(f"WRONG: {name} has error {error:.1e}, more than {ERROR_FACTOR} x eager PyTorch's {eager:.1e}")
         for block, reason in (row["left_eager"] or {}).items():
-            print(f"left eager: {block} of {name}: {reason}")
+            print(f"left eager: {block} of {row['model']} at {row['size']}, batch {row['batch']}: {reason}")
     return 1 if wrong else 0
 
 

@@ -33,6 +33,24 @@ class Column:
         return "-" if value is None else self.format.format(value)
 
 
+def print_wrong(rows: Iterable[dict], error: str) -> bool:
+    """Print which networks failed, or have an `error` of more than `ERROR_FACTOR` times eager's; whether any did."""
+    from fusion.reference import ERROR_FACTOR
+
+    wrong = False
+    for row in rows:
+        name, eager = f"{row['model']} at {row['size']}, batch {row['batch']}", row["eager_error"]
+        if row["failed"]:
+            wrong = True
+            print(f"FAILED: {name}: {row['failed']}")
+        if row[error] is not None and not (eager is not None and row[error] <= ERROR_FACTOR * eager):
+            wrong = True
+            print(
+                f"WRONG: {name} has error {row[error]:.1e}, more than {ERROR_FACTOR} x eager PyTorch's {_error(eager)}"
+            )
+    return wrong
+
+
 def collect_meta(protocol: str, processor: Processor | None = None, **extra: object) -> dict[str, object]:
     """What a reader needs to judge and repeat a result.
 

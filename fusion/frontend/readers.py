@@ -306,10 +306,6 @@ def _cat(tensors, dim=0):
     return Concat(nodes[0], nodes, _int(dim))
 
 
-def _cat_of_axis(tensors, axis=0):
-    return _cat(tensors, axis)
-
-
 def _multiply(in_place: bool) -> Reader:
     def reader(input, other):
         if isinstance(input, int | float) and not in_place:

@@ -6,6 +6,7 @@ they decide depends on the input's values or address. So the next calls only all
 place of the old ones, and launch.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -48,6 +49,7 @@ class CannotRelaunch(Exception):
 
 
 _tape: ContextVar[Tape | None] = ContextVar("tape", default=None)
+_settling = threading.Lock()
 
 
 @contextmanager
@@ -66,7 +68,8 @@ def launch_kernel(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
     # Imported here: Triton takes a while, and a CPU needs none.
     from fusion.triton_kernels.cache_keys import settle_cache_keys
 
-    settle_cache_keys(kernel)
+    with _settling:  # a thread that launched meanwhile would give the kernel another key
+        settle_cache_keys(kernel)
     compiled = kernel[grid](*args, **kwargs)
     tape = _tape.get()
     if tape is not None:

@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import triton
 from triton import knobs
 
 from fusion.relaunch import Relaunches, launch_kernel, launch_key, scratch, taping, zero
+from fusion.triton_kernels import cache_keys
 
 BOX = {"swizzle": 3, "elem_size": 2, "elem_type": 6, "block_size": [8, 8], "fp4_padded": False}
 FUNCTION, METADATA, STREAM = 77, (4, 1, 1024), 5
@@ -186,6 +188,25 @@ def test_threads_do_not_disturb_each_other(sent):
     starts = {x.data_ptr() + half for x in inputs for half in (0, 2 * 16 * 2)}
     assert {args[BASE] for args in sent.list} == starts
     assert all(args[BASE] - args[BASE + 1][1] in (0, 2 * 16 * 2) for args in sent.list)
+
+
+def test_threads_settle_keys_one_after_the_other(sent, monkeypatch):
+    inside, most = [], []
+
+    def settle(kernel):
+        inside.append(kernel)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+
+    monkeypatch.setattr(cache_keys, "settle_cache_keys", settle)
+    kernel = Kernel(sent.launcher)
+    threads = [threading.Thread(target=operator, args=(kernel, images(), images())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 4 * 2 and max(most) == 1
 
 
 def test_a_copy_has_none(sent):

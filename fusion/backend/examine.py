@@ -14,6 +14,7 @@ from fusion.backend.judge import Verdict, judge
 from fusion.backend.options import BackendOptions
 from fusion.backend.region import input_kind
 from fusion.backend.report import BlockRow, CompileReport
+from fusion.backend.warm_up import warm_up
 from fusion.frontend.find import Findings, FoundBlock, find_blocks
 from fusion.fusing import lazy_tuner
 from fusion.launch_record import InputKind
@@ -57,8 +58,10 @@ def examine(graph_module: fx.GraphModule, inputs: Sequence[object], options: Bac
         rows[found.output] = BlockRow(0, found.name, found.kind, reason or "")
         if reason is None:
             wanted.append(found)
+    planned = _planned(wanted, options, rows)
+    warm_up(planned, options.min_speedup)
     fused = []
-    for found, plan in _planned(wanted, options, rows):
+    for found, plan in planned:
         row = _judged(copied, found, plan, constants, options, rows[found.output])
         rows[found.output] = row
         if row.is_fused:

@@ -65,12 +65,22 @@ def judge(
     """
     kind = input_kind(found)
     key = _key(plan, kind)
-    verdict = VERDICTS.load(key, lambda entry: Verdict(entry["fused_us"], entry["other_us"], entry["other"]))
+    verdict = _remembered(key)
     if verdict is None or (verdict.other == CONVOLUTIONS and verdict.speedup < min_speedup):
         with torch.cuda.device(kind.device), torch.random.fork_rng([kind.device]):
             verdict = _measure(region_of(graph_module, found, constants), found.block, kind, min_speedup)
         VERDICTS.store(key, asdict(verdict))
     return verdict
+
+
+def is_known_slow(plan: Plan, kind: InputKind, min_speedup: float) -> bool:
+    """Whether `judge` would only recall that a block is not `min_speedup` times as fast as Inductor's code."""
+    verdict = _remembered(_key(plan, kind))
+    return verdict is not None and verdict.other == INDUCTOR and verdict.speedup < min_speedup
+
+
+def _remembered(key: BlockKey) -> Verdict | None:
+    return VERDICTS.load(key, lambda entry: Verdict(entry["fused_us"], entry["other_us"], entry["other"]))
 
 
 def _key(plan: Plan, kind: InputKind) -> BlockKey:

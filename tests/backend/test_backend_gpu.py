@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from triton import knobs
 
 import fusion
 from fusion.backend import compile_graph, judge
@@ -183,6 +184,22 @@ def test_a_bound_is_measured_before_inductor_is(network, monkeypatch):
     report = fusion.explain(on_gpu(network), images(), options={"min_speedup": 1e-3, "strict": True})
     assert not report.left
     assert all(row.verdict.other == judge.CONVOLUTIONS for row in report.fused)
+
+
+@torch.no_grad()
+def test_kernels_are_compiled_in_threads_before_blocks_are_measured(network, folder, monkeypatch):
+    threads = set()
+
+    def note(*, cache_hit, **_):
+        if not cache_hit:
+            threads.add(threading.current_thread())
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
+    monkeypatch.setattr(knobs.compilation, "listener", note)
+    # Of a size that no other test has: what this process has compiled for that is not compiled again.
+    report = fusion.explain(on_gpu(network), images(3, 112, 80), options={"min_speedup": 1e-3, "strict": True})
+    assert not report.left
+    assert threads and threading.current_thread() not in threads
 
 
 @torch.no_grad()

@@ -108,6 +108,7 @@ def test_copies_stay_portable(copy_of, tmp_path):
 @torch.no_grad()
 def test_inductor_writes_portable_kernels_anew(block):
     """It takes their sources, and what those use by name, apart."""
+    torch.compiler.reset()  # Dynamo compiles one function, FusedModule.forward, eight times
     channels = 3 if isinstance(block, ConvBnAct) and not isinstance(block, PooledHead) else 16
     x = torch.randn(3, channels, 12, 10, device="cuda", dtype=torch.half)
     fused = fusion.fuse(nn.Sequential(block).eval(), x, portable=True, dtype=torch.half, device="cuda")

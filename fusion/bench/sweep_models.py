@@ -21,8 +21,9 @@ CONVOLUTIONAL = (
     *("shvit_s1", "convnext_atto", "convnextv2_atto", "inception_next_atto", "convmixer_1024_20_ks9_p14"),
 )
 WITH_ATTENTION = (
-    *("fastvit_t8", "efficientvit_m0", "mobilevit_xxs", "efficientvit_b0", "edgenext_xx_small", "test_maxvit"),
-    *("test_coatnet", "levit_128s", "efficientformer_l1", "tiny_vit_5m_224", "coat_lite_tiny", "visformer_tiny"),
+    *("fastvit_t8", "efficientvit_m0", "mobilevit_xxs", "efficientvit_b0", "edgenext_xx_small"),
+    *("maxvit_rmlp_pico_rw_256:depths=(1,1,1,1)", "coatnet_pico_rw_224:depths=(1,1,1,1)"),
+    *("levit_128s", "efficientformer_l1", "tiny_vit_5m_224", "coat_lite_tiny", "visformer_tiny"),
     *("poolformer_s12", "pvt_v2_b0", "swin_tiny_patch4_window7_224:depths=(1,1,2,1)"),
     *("davit_tiny:depths=(1,1,1,1)", "xcit_nano_12_p16_224:depth=2", "nest_tiny"),
     *("vit_tiny_patch16_224:depth=2", "vit_tiny_r_s16_p8_224:depth=2"),

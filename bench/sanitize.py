@@ -5,7 +5,7 @@
 
 One tile of each way to run: one and two partitions, weights that stay and weights that are streamed, every width of a
 slab, images and bands side by side, hidden channels in shared memory and in a workspace, sweeps in pairs and one that
-is divided. Sizes leave tiles partly empty. Prints the error against float64 of each.
+is divided, one window and several. Sizes leave tiles partly empty. Prints the error against float64 of each.
 """
 
 import torch
@@ -17,6 +17,7 @@ from fusion.planner.families import Tile, family_of
 from fusion.planner.ffn_tile import FfnTile
 from fusion.planner.hopper_tile import HopperTile
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
+from fusion.planner.mbconv_windows_hopper_tile import MBConvWindowsHopperTile
 from fusion.reference import relative_error
 
 RUNS = (
@@ -32,6 +33,8 @@ RUNS = (
     ("mbconv:144,2,14", MBConvHopperTile(1, 2, 64, 2)),
     ("mbconv:64,4,8", MBConvHopperTile(2, 4, 32, 3)),
     ("mbconv:48,4,16", MBConvHopperTile(1, 4, 32, 3)),
+    ("mbconv:24,4,19", MBConvWindowsHopperTile(2, 8, 32, 3)),
+    ("mbconv:72,4,36", MBConvWindowsHopperTile(4, 16, 64, 2)),
 )
 BATCH = 3
 

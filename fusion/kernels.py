@@ -16,6 +16,7 @@ from fusion.ffn_weights import FfnWeights, PackedFfn
 from fusion.mbconv_down_hopper_op import mbconv_down_hopper
 from fusion.mbconv_hopper_weights import PackedMBConvHopper, pack_mbconv_hopper, stack_mbconv_hopper
 from fusion.mbconv_weights import MBConvWeights, PackedMBConv
+from fusion.mbconv_windows_hopper_op import mbconv_down_windows_hopper, mbconv_windows_hopper
 from fusion.op_checks import any_of
 from fusion.planner import mbconv_hopper_tile
 from fusion.planner.families import (
@@ -27,7 +28,9 @@ from fusion.planner.families import (
     MBCONV,
     MBCONV_DOWN,
     MBCONV_DOWN_HOPPER,
+    MBCONV_DOWN_WINDOWS_HOPPER,
     MBCONV_HOPPER,
+    MBCONV_WINDOWS_HOPPER,
     PORTABLE,
     STEM,
     STEM_CONVFIRST_HOPPER,
@@ -145,6 +148,19 @@ RUNNERS = {
             activations=mbconv_hopper_tile.ACTIVATIONS,
         ),
         Runner(
+            MBCONV_WINDOWS_HOPPER,
+            pack=pack_mbconv_hopper,
+            packed_for=("step",),
+            operator=mbconv_windows_hopper,
+            operator_options=(
+                *("hidden_channels", "out_channels", "squeeze_channels"),
+                *("activation", "squeeze_activation", "residual"),
+            ),
+            launch_options=("hidden_channels", "squeeze_channels", "activation", "squeeze_activation", "residual"),
+            other_activations="use an MBConvTile",
+            activations=mbconv_hopper_tile.ACTIVATIONS,
+        ),
+        Runner(
             MBCONV,
             pack=MBConvWeights.pack,
             packed_for=("hidden", "project_hidden", "channels", "conv_slab", "project_out"),
@@ -160,6 +176,19 @@ RUNNERS = {
             pack=pack_mbconv_hopper,
             packed_for=("step",),
             operator=mbconv_down_hopper,
+            operator_options=(
+                *("hidden_channels", "out_channels", "squeeze_channels"),
+                *("activation", "squeeze_activation", "blur"),
+            ),
+            launch_options=("hidden_channels", "squeeze_channels", "activation", "squeeze_activation", "blur"),
+            other_activations="use an MBConvDownTile",
+            activations=mbconv_hopper_tile.ACTIVATIONS,
+        ),
+        Runner(
+            MBCONV_DOWN_WINDOWS_HOPPER,
+            pack=pack_mbconv_hopper,
+            packed_for=("step",),
+            operator=mbconv_down_windows_hopper,
             operator_options=(
                 *("hidden_channels", "out_channels", "squeeze_channels"),
                 *("activation", "squeeze_activation", "blur"),

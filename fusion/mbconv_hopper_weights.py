@@ -11,10 +11,12 @@ from fusion.planner.mbconv_hopper_tile import (
     BIAS_CHANNELS,
     DEPTH_ELEMENTS,
     GROUP_WIDTH,
-    TAPS,
+    KERNEL_SIZE,
     WARPS,
     SweptChannels,
+    taps_pieces,
 )
+from fusion.planner.mbconv_tile import KERNEL_SIZES
 from fusion.planner.slabs import WIDEST
 from fusion.weights import padded, swizzled
 
@@ -58,12 +60,13 @@ def pack_mbconv_hopper(
 ) -> PackedMBConvHopper:
     """Round once to `dtype` and lay out for `tile`, of either stride, zero wherever channels are padded.
 
-    Raises ValueError for groups that are not 8 channels wide, and for a convolution that is not 3x3.
+    Raises ValueError for groups that are not 8 channels wide, and for convolutions of a size that the tile has not.
     """
-    if weights.kernel_size != 3:
+    kernel_size = weights.kernel_size
+    if kernel_size not in tile.KERNEL_SIZES:
         raise ValueError(
-            f"weights cannot be packed for {tile!r}: kernel size {weights.kernel_size} is not supported, use 3, or an "
-            "MBConvTile"
+            f"weights cannot be packed for {tile!r}: kernel size {kernel_size} is not supported, use "
+            f"{' or '.join(map(str, tile.KERNEL_SIZES))}, or an MBConvTile"
         )
     if weights.group_width != GROUP_WIDTH:
         raise ValueError(
@@ -76,7 +79,7 @@ def pack_mbconv_hopper(
     bias = padded(HALF * weights.expand_bias, hidden)
     rounded = bias.to(dtype).to(bias.dtype)
     left = torch.cat([padded(HALF * weights.expand, hidden, ins), rounded[:, None], (bias - rounded)[:, None]], dim=1)
-    taps = _pack_taps(padded(HALF * weights.conv, hidden, GROUP_WIDTH, 3, 3))
+    taps = _pack_taps(padded(HALF * weights.conv, hidden, GROUP_WIDTH, kernel_size, kernel_size))
     project = padded(weights.project.T, hidden, sum(slabs)).split(slabs, dim=1)
     project = [swizzled(slab.reshape(-1, tile.step, slab.shape[1])).flatten(1) for slab in project]
     tensors = (
@@ -110,6 +113,7 @@ def packed_sizes(
     out_channels: int,
     squeeze_channels: int,
     blocks: int = 1,
+    kernel_size: int = KERNEL_SIZE,
 ) -> dict[str, list[int]]:
     """Shapes of the tensors of `PackedMBConvHopper`, by name."""
     hidden, sweeps = tile.padded_hidden(hidden_channels), tile.sweeps(hidden_channels)
@@ -117,7 +121,7 @@ def packed_sizes(
     outs = sum(tile.out_slabs(out_channels))
     return {
         "expand": [blocks, sweeps, tile.depths(in_channels) * DEPTH_ELEMENTS],
-        "taps": [blocks, sweeps, TAPS, WARPS, 32, 8],
+        "taps": [blocks, sweeps, taps_pieces(kernel_size), WARPS, 32, 8],
         "conv_bias": [blocks, sweeps, WARPS, 4, 8],
         "squeeze": [blocks, sweeps, squeeze * DEPTH_ELEMENTS],
         "squeeze_bias": [blocks, 16 * squeeze],
@@ -197,22 +201,38 @@ def _pieces_swapped(matrix: Tensor) -> Tensor:
 
 
 def _pack_taps(conv: Tensor) -> Tensor:
-    """`[hidden, 8, 3, 3] -> [sweeps, 5, warps, 32, 8]`."""
-    # [sweeps, warps, 2 groups, 8 out, 4, 2 in, 3 rows, 3 columns] -> [.., 8 out, 4, 2 groups, 2 in, ..]
-    taps = conv.reshape(-1, WARPS, 2, 8, 4, 2, 3, 3).permute(0, 1, 3, 4, 2, 5, 6, 7)
-    outer = [torch.stack([taps[..., 0, dx], taps[..., 2, dx]], dim=-2) for dx in range(3)]
-    same = [taps[..., 1, 0], taps[..., 1, 1], taps[..., 1, 2], torch.zeros_like(taps[..., 1, 2])]
-    same = [torch.stack(pair, dim=-3) for pair in (same[:2], same[2:])]
-    return torch.stack(outer + same, dim=1).reshape(len(taps), TAPS, WARPS, 32, 8)
+    """`[hidden, 8, size, size] -> [sweeps, pieces, warps, 32, 8]`."""
+    size = conv.shape[-1]
+    middle = size // 2
+    # [sweeps, warps, 2 groups, 8 out, 4, 2 in, rows, columns] -> [.., 8 out, 4, 2 groups, 2 in, ..]
+    taps = conv.reshape(-1, WARPS, 2, 8, 4, 2, size, size).permute(0, 1, 3, 4, 2, 5, 6, 7)
+    outer = [
+        torch.stack([taps[..., middle - distance, dx], taps[..., middle + distance, dx]], dim=-2)
+        for distance in range(1, middle + 1)
+        for dx in range(size)
+    ]
+    same = [*taps[..., middle, :].unbind(-1), torch.zeros_like(taps[..., middle, 0])]
+    same = [torch.stack(same[first : first + 2], dim=-3) for first in range(0, size, 2)]
+    return torch.stack(outer + same, dim=1).reshape(len(taps), len(outer) + len(same), WARPS, 32, 8)
 
 
 def _unpack_taps(taps: Tensor) -> Tensor:
-    taps = taps.reshape(-1, TAPS, WARPS, 8, 4, 2, 2, 2)
-    conv = taps.new_zeros(len(taps), WARPS, 8, 4, 2, 2, 3, 3)
-    for dx in range(3):
-        conv[..., 0, dx], conv[..., 2, dx] = taps[:, dx].unbind(-2)
-        conv[..., 1, dx] = taps[:, 3 + dx // 2].unbind(-3)[dx % 2]
-    return conv.permute(0, 1, 4, 2, 3, 5, 6, 7).reshape(-1, GROUP_WIDTH, 3, 3)
+    size = kernel_size_of(taps)
+    middle = size // 2
+    taps = taps.reshape(-1, taps.shape[-4], WARPS, 8, 4, 2, 2, 2)
+    conv = taps.new_zeros(len(taps), WARPS, 8, 4, 2, 2, size, size)
+    for dx in range(size):
+        for distance in range(1, middle + 1):
+            rows = taps[:, (distance - 1) * size + dx].unbind(-2)
+            conv[..., middle - distance, dx], conv[..., middle + distance, dx] = rows
+        conv[..., middle, dx] = taps[:, middle * size + dx // 2].unbind(-3)[dx % 2]
+    return conv.permute(0, 1, 4, 2, 3, 5, 6, 7).reshape(-1, GROUP_WIDTH, size, size)
+
+
+def kernel_size_of(taps: Tensor) -> int:
+    """Of the convolution whose packed taps these are; 3 for tensors of another shape."""
+    sizes = {taps_pieces(size): size for size in KERNEL_SIZES}
+    return sizes.get(taps.shape[-4], KERNEL_SIZE) if taps.dim() >= 4 else KERNEL_SIZE
 
 
 def _pack_conv_bias(bias: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fusion.identity import Identified
 from fusion.launch_record import InputKind, record_launch
 from fusion.mbconv_hopper_weights import PackedMBConvHopper
 from fusion.modules import FusedBlock, FusedMBConv, copy_packed, processor_of_device
-from fusion.planner.families import MBCONV_HOPPER
+from fusion.planner.families import MBCONV_HOPPER, MBCONV_WINDOWS_HOPPER
 from fusion.planner.micro_batch import micro_batch_images
 from fusion.planner.processor import get_processor
 from fusion.real_tensors import make_for_all
@@ -79,7 +79,7 @@ class FusedStage(Identified):
             height, width, channels = out["H"], out["W"], out["C"]
         if not graphs:
             return batch
-        whole_images = self.blocks[0].plan(x).kernel == MBCONV_HOPPER.name
+        whole_images = self.blocks[0].plan(x).kernel in (MBCONV_HOPPER.name, MBCONV_WINDOWS_HOPPER.name)
         return micro_batch_images(graphs, get_processor(processor_of_device(x.device)), whole_images)
 
     def forward(self, x: Tensor) -> Tensor:

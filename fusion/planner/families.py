@@ -14,6 +14,7 @@ from fusion.planner import (
     mbconv_down_tile,
     mbconv_hopper_tile,
     mbconv_tile,
+    mbconv_windows_hopper_tile,
     stem_convfirst_hopper_tile,
     stem_tile,
 )
@@ -40,6 +41,7 @@ from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
 from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
+from fusion.planner.mbconv_windows_hopper_tile import MBConvDownWindowsHopperTile, MBConvWindowsHopperTile
 from fusion.planner.processor import Processor
 from fusion.planner.program import Program
 from fusion.planner.stem_convfirst_hopper_tile import StemConvFirstHopperTile
@@ -55,7 +57,9 @@ Tile = (
     | MBConvTile
     | MBConvDownTile
     | MBConvHopperTile
+    | MBConvWindowsHopperTile
     | MBConvDownHopperTile
+    | MBConvDownWindowsHopperTile
     | StemTile
     | StemConvFirstHopperTile
     | HeadTile
@@ -225,6 +229,23 @@ MBCONV_HOPPER = KernelFamily(
     lower=lambda graph, tile, shape: image_fused(graph, tile.hidden, mbconv_hopper_tile.is_resident(tile, shape)),
 )
 
+MBCONV_WINDOWS_HOPPER = KernelFamily(
+    name="mbconv_windows_hopper",
+    title="Hopper kernel for larger images",
+    shape_type=MBConvShape,
+    tile_type=MBConvWindowsHopperTile,
+    why_unsupported=mbconv_windows_hopper_tile.why_unsupported,
+    why_none=mbconv_windows_hopper_tile.why_none,
+    why_invalid=mbconv_windows_hopper_tile.why_invalid,
+    candidate_tiles=mbconv_windows_hopper_tile.candidate_tiles,
+    predicted_us=mbconv_windows_hopper_tile.predicted_us,
+    local_memory_bytes=mbconv_windows_hopper_tile.local_memory_bytes,
+    estimated_registers=mbconv_windows_hopper_tile.estimated_registers,
+    programs_per_processor=mbconv_windows_hopper_tile.programs_per_processor,
+    design=lambda tile: (tile.piece, tile.pass_tiles),
+    lower=lambda graph, tile, shape: image_fused(graph, tile.hidden, False),
+)
+
 MBCONV_DOWN = KernelFamily(
     name="mbconv_down",
     title="portable kernels",
@@ -259,6 +280,23 @@ MBCONV_DOWN_HOPPER = KernelFamily(
     programs_per_processor=mbconv_down_hopper_tile.programs_per_processor,
     design=lambda tile: (tile.resident,),
     lower=lambda graph, tile, shape: image_fused(graph, tile.hidden, tile.resident == 1),
+)
+
+MBCONV_DOWN_WINDOWS_HOPPER = KernelFamily(
+    name="mbconv_down_windows_hopper",
+    title="Hopper kernel for larger images",
+    shape_type=MBConvDownShape,
+    tile_type=MBConvDownWindowsHopperTile,
+    why_unsupported=mbconv_windows_hopper_tile.why_unsupported,
+    why_none=mbconv_windows_hopper_tile.why_none,
+    why_invalid=mbconv_windows_hopper_tile.why_invalid,
+    candidate_tiles=mbconv_windows_hopper_tile.candidate_tiles,
+    predicted_us=mbconv_windows_hopper_tile.predicted_us,
+    local_memory_bytes=mbconv_windows_hopper_tile.local_memory_bytes,
+    estimated_registers=mbconv_windows_hopper_tile.estimated_registers,
+    programs_per_processor=mbconv_windows_hopper_tile.programs_per_processor,
+    design=lambda tile: (tile.piece, tile.pass_tiles),
+    lower=lambda graph, tile, shape: image_fused(graph, tile.hidden, False),
 )
 
 STEM = KernelFamily(
@@ -323,8 +361,10 @@ FAMILIES = (
     CONVFIRST_DOWN,
     FFN,
     MBCONV_HOPPER,
+    MBCONV_WINDOWS_HOPPER,
     MBCONV,
     MBCONV_DOWN_HOPPER,
+    MBCONV_DOWN_WINDOWS_HOPPER,
     MBCONV_DOWN,
     STEM,
     STEM_CONVFIRST_HOPPER,

@@ -13,7 +13,6 @@ from math import ceil
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import MBConvDownShape
 from fusion.planner.mbconv_hopper_tile import (
-    ACTIVATIONS,
     BIAS_CHANNELS,
     BYTES_PER_US,
     COMPILER_BYTES,
@@ -21,10 +20,8 @@ from fusion.planner.mbconv_hopper_tile import (
     DEPTH_US,
     FEWEST_TILES,
     GROUP_REGISTERS,
-    GROUP_WIDTH,
     LAUNCH_US,
     LOCAL_MEMORY_BYTES,
-    MAX_IMAGES,
     MAX_STAGES,
     MAX_TILES,
     MAX_TILES_AT_ONCE,
@@ -42,10 +39,11 @@ from fusion.planner.mbconv_hopper_tile import (
     TRIED_STAGES,
     WARPS,
     SweptChannels,
+    why_block_unsupported,
 )
 from fusion.planner.processor import Processor, kilobytes
 from fusion.planner.slabs import slab_widths
-from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_REGISTERS
+from fusion.planner.tile import MAX_REGISTERS
 
 PIECE = MAX_TILES_AT_ONCE
 """Tiles that are expanded together."""
@@ -232,21 +230,7 @@ class MBConvDownHopperTile(SweptChannels):
 
 def why_unsupported(shape: MBConvDownShape) -> str | None:
     """Why no tile runs this block on any processor, and what to do instead; None if some tile may."""
-    if shape.dtype not in KERNEL_DTYPES:
-        return f"dtype {shape.dtype} is not supported, use one of {', '.join(KERNEL_DTYPES)}"
-    if shape.activation not in ACTIVATIONS:
-        return f"activation {shape.activation} is not supported, use {' or '.join(ACTIVATIONS)}"
-    if (shape.kernel_size, shape.group_width) != (3, GROUP_WIDTH):
-        return (
-            f"kernel size {shape.kernel_size} with group width {shape.group_width} is not supported, use 3 and "
-            f"{GROUP_WIDTH}"
-        )
-    for name in ("in_channels", "out_channels"):
-        if getattr(shape, name) % CHANNEL_MULTIPLE:
-            return f"{name}={getattr(shape, name)} is not supported, use a multiple of {CHANNEL_MULTIPLE}"
-    if shape.batch > MAX_IMAGES:
-        return f"{shape.batch} images are too many for a launch, split the batch: {MAX_IMAGES} are the limit"
-    return why_not_covering(shape.height, shape.width, shape.blur)
+    return why_block_unsupported(shape) or why_not_covering(shape.height, shape.width, shape.blur)
 
 
 def why_malformed(tile: MBConvDownHopperTile) -> str | None:

@@ -4,13 +4,14 @@ A program computes a whole image with all its hidden channels (`fusion.triton_ke
 have to be small. `why_invalid` is the one judge of validity, for the planner's choice and for the tuner's candidates.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 from math import ceil
+from typing import ClassVar
 
 from fusion.planner.graph import ELEMENT_SIZE
-from fusion.planner.match import MBConvShape
+from fusion.planner.match import MBConvDownShape, MBConvShape
 from fusion.planner.processor import Processor, kilobytes
 from fusion.planner.slabs import WIDEST, slab_widths
 from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_REGISTERS
@@ -44,9 +45,13 @@ BIAS_CHANNELS = 16
 """Channels of the constant one that follow the input's: the depth of a product. Two are in use."""
 DEPTH_ELEMENTS = 16 * SWEEP
 """Weights of the expansion of a sweep, for 16 channels: a product's depth."""
+KERNEL_SIZE = 3
+"""Of the convolution."""
 TAPS = 5
 """Pieces of a thread's weights of the convolution, 16 bytes each."""
-TAPS_ELEMENTS = TAPS * 8 * 32 * WARPS
+TAPS_PIECE_ELEMENTS = 8 * 32 * WARPS
+"""Of a sweep."""
+TAPS_ELEMENTS = TAPS * TAPS_PIECE_ELEMENTS
 """Of a sweep."""
 PRODUCT_CHANNELS = 256
 """Output channels that a product projects, at most."""
@@ -78,6 +83,9 @@ STAGE_US = 0.01
 
 class SweptChannels:
     """What tiles with a `step` and `stages` make of a block's channels, whatever its images are."""
+
+    KERNEL_SIZES: ClassVar[tuple[int, ...]] = (KERNEL_SIZE,)
+    """Of the convolution, as far as there are kernels."""
 
     def in_slabs(self, in_channels: int) -> tuple[int, ...]:
         """Slabs of the input, which the expansion contracts."""
@@ -278,22 +286,38 @@ class MBConvHopperTile(SweptChannels):
         return list(astuple(self))
 
 
-def why_unsupported(shape: MBConvShape) -> str | None:
-    """Why no tile runs this block on any processor, and what to do instead; None if some tile may."""
+def taps_pieces(kernel_size: int) -> int:
+    """Pieces of a thread's weights of the convolution, 16 bytes each: for each column those of two rows that are as far
+    above and below, and of two columns those of the same row."""
+    return kernel_size // 2 * kernel_size + ceil(kernel_size / 2)
+
+
+def why_block_unsupported(
+    shape: MBConvShape | MBConvDownShape, kernel_sizes: Sequence[int] = (KERNEL_SIZE,)
+) -> str | None:
+    """Why no tile runs this block, whatever its images' size, and what to do instead; None if some tile may."""
     if shape.dtype not in KERNEL_DTYPES:
         return f"dtype {shape.dtype} is not supported, use one of {', '.join(KERNEL_DTYPES)}"
     if shape.activation not in ACTIVATIONS:
         return f"activation {shape.activation} is not supported, use {' or '.join(ACTIVATIONS)}"
-    if (shape.kernel_size, shape.group_width) != (3, GROUP_WIDTH):
+    if shape.kernel_size not in kernel_sizes or shape.group_width != GROUP_WIDTH:
         return (
-            f"kernel size {shape.kernel_size} with group width {shape.group_width} is not supported, use 3 and "
-            f"{GROUP_WIDTH}"
+            f"kernel size {shape.kernel_size} with group width {shape.group_width} is not supported, use "
+            f"{' or '.join(map(str, kernel_sizes))} and {GROUP_WIDTH}"
         )
     for name in ("in_channels", "out_channels"):
         if getattr(shape, name) % CHANNEL_MULTIPLE:
             return f"{name}={getattr(shape, name)} is not supported, use a multiple of {CHANNEL_MULTIPLE}"
     if shape.batch > MAX_IMAGES:
         return f"{shape.batch} images are too many for a launch, split the batch: {MAX_IMAGES} are the limit"
+    return None
+
+
+def why_unsupported(shape: MBConvShape) -> str | None:
+    """Why no tile runs this block on any processor, and what to do instead; None if some tile may."""
+    reason = why_block_unsupported(shape)
+    if reason:
+        return reason
     if not any(_divisions(shape.height, shape.width)):
         return (
             f"images of {shape.height}x{shape.width} pixels are too large: up to {ROWS}x{MAX_TILES} are supported, and "

@@ -15,6 +15,7 @@ from fusion.planner import (
     mbconv_down_tile,
     mbconv_hopper_tile,
     mbconv_tile,
+    mbconv_windows_hopper_tile,
     stem_convfirst_hopper_tile,
     stem_tile,
 )
@@ -29,7 +30,9 @@ from fusion.planner.families import (
     MBCONV,
     MBCONV_DOWN,
     MBCONV_DOWN_HOPPER,
+    MBCONV_DOWN_WINDOWS_HOPPER,
     MBCONV_HOPPER,
+    MBCONV_WINDOWS_HOPPER,
     PORTABLE,
     STEM,
     STEM_CONVFIRST_HOPPER,
@@ -55,6 +58,7 @@ from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
 from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
+from fusion.planner.mbconv_windows_hopper_tile import WindowsTile
 from fusion.planner.stem_convfirst_hopper_tile import StemConvFirstHopperTile
 from fusion.planner.stem_tile import StemTile
 from fusion.planner.tile import ConvFirstTile
@@ -69,6 +73,7 @@ from fusion.triton_kernels import (
     mbconv_down,
     mbconv_down_hopper,
     mbconv_hopper,
+    mbconv_windows_hopper,
     stem,
     stem_convfirst_hopper,
 )
@@ -182,6 +187,16 @@ def _mbconv_hopper(shape: MBConvShape, tile: MBConvHopperTile) -> dict[str, Sour
     spec = mbconv_hopper.constants(*sizes, **options_of(shape), tile=tile)
     boxes = mbconv_hopper.descriptor_boxes(spec)
     return {"mbconv_hopper": _image_source(mbconv_hopper.mbconv_hopper_kernel, {"S": spec}, boxes)}
+
+
+def _mbconv_windows_hopper(shape: MBConvShape | MBConvDownShape, tile: WindowsTile) -> dict[str, Source]:
+    sizes = shape.height, shape.width, *_channels(shape), shape.squeeze_channels
+    options = {"residual": False, **options_of(shape)}
+    options.pop("blur", None)
+    spec = mbconv_windows_hopper.constants(*sizes, kernel_size=shape.kernel_size, **options, tile=tile)
+    boxes = mbconv_hopper.descriptor_boxes(spec.projected)
+    kernel = mbconv_windows_hopper.mbconv_windows_hopper_kernel
+    return {"mbconv_windows_hopper": _image_source(kernel, {"D": spec}, boxes)}
 
 
 def _mbconv_down_hopper(shape: MBConvDownShape, tile: MBConvDownHopperTile) -> dict[str, Source]:
@@ -338,6 +353,15 @@ RECIPES = {
             for_hopper=True,
         ),
         Recipe(
+            MBCONV_WINDOWS_HOPPER,
+            blocks=("mbconv",),
+            option="--mbconv-windows-hopper-tile",
+            title="the MBConv kernel for Hopper and larger images",
+            why_malformed=lambda tile, shape: mbconv_windows_hopper_tile.why_malformed(tile),
+            sources=_mbconv_windows_hopper,
+            for_hopper=True,
+        ),
+        Recipe(
             MBCONV_DOWN,
             blocks=("mbconv-down", "mbconv-strided"),
             option="--mbconv-down-tile",
@@ -354,6 +378,15 @@ RECIPES = {
             title="the stride-2 MBConv kernel for Hopper",
             why_malformed=lambda tile, shape: mbconv_down_hopper_tile.why_malformed(tile),
             sources=_mbconv_down_hopper,
+            for_hopper=True,
+        ),
+        Recipe(
+            MBCONV_DOWN_WINDOWS_HOPPER,
+            blocks=("mbconv-strided",),
+            option="--mbconv-down-windows-hopper-tile",
+            title="the stride-2 MBConv kernel for Hopper and larger images",
+            why_malformed=lambda tile, shape: mbconv_windows_hopper_tile.why_malformed(tile),
+            sources=_mbconv_windows_hopper,
             for_hopper=True,
         ),
         Recipe(

@@ -7,7 +7,7 @@ of the pixels, and the second phase is that of stride 1 for a small image. A con
 convolution and blur where the block has no blur-pool.
 
 Shared memory that the input has in the first phase has the output and the stages of the projection's weights in the
-second one.
+second one (`mbconv_hopper_room`).
 
 An image's columns are one tile each, of up to 16 rows, or two of up to 32 rows together. In shared memory pixels of the
 input lie tile by tile, in each the first row of every lane before the second. Of the output a tile is two columns of up
@@ -23,9 +23,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
-from fusion.planner.slabs import WIDEST
 from fusion.relaunch import launch_kernel, scratch
-from fusion.triton_kernels.hopper_layouts import plain_layout, rows_layout
+from fusion.triton_kernels.hopper_layouts import plain_layout
 from fusion.triton_kernels.hopper_parts import (
     fence_async_global,
     fixed,
@@ -51,52 +50,8 @@ from fusion.triton_kernels.mbconv_hopper_project import (
     load_weights,
     project,
 )
+from fusion.triton_kernels.mbconv_hopper_room import inputs_of, new_room, outputs_of, weights_of
 from fusion.triton_kernels.mbconv_hopper_spec import PRODUCT_WIDTHS, TILE, WARPS, copy_layout, new_barriers
-
-UNIT_ROWS = gl.constexpr(8)
-UNIT_COLUMNS = gl.constexpr(WIDEST)
-"""Of the pattern of the widest swizzle, a unit of the room."""
-
-
-@gluon.jit
-def placed(
-    room, UNIT: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """[count, rows, columns] from a unit of the room on."""
-    return room.index(UNIT)._reinterpret(room.dtype, [COUNT, ROWS, COLUMNS], LAYOUT)
-
-
-@gluon.jit
-def inputs_of(room, D: gl.constexpr):
-    """Slabs of the input, [pieces, pixels of a piece, slab] each."""
-    S: gl.constexpr = D.produced
-    xs = ()
-    for s in gl.static_range(len(S.in_slabs)):
-        slab = placed(room, D.input_unit(s), S.pieces, S.piece_pixels, S.in_slabs[s], rows_layout(S.in_slabs[s]))
-        xs = xs + (slab,)
-    return xs
-
-
-@gluon.jit
-def outputs_of(room, D: gl.constexpr):
-    """Slabs of the output, [1, pixels, slab] each."""
-    S: gl.constexpr = D.projected
-    outs = ()
-    for s in gl.static_range(len(S.out_slabs)):
-        slab = placed(room, D.output_unit(s), 1, S.pixels, S.out_slabs[s], rows_layout(S.out_slabs[s]))
-        outs = outs + (slab,)
-    return outs
-
-
-@gluon.jit
-def weights_of(room, D: gl.constexpr):
-    """Stages of the projection's weights, [stages, rows, 64] for each product."""
-    S: gl.constexpr = D.projected
-    vs = ()
-    for s in gl.static_range(len(S.products)):
-        stages = placed(room, D.weights_unit(s), S.stages, S.step * S.products[s] // 64, 64, rows_layout(64))
-        vs = vs + (stages,)
-    return vs
 
 
 @gluon.jit
@@ -190,7 +145,7 @@ def mbconv_down_hopper_kernel(
     S: gl.constexpr = D.projected
     v_descs = (v256_desc, v128_desc, v64_desc, v32_desc, v16_desc)
     image = gl.program_id(0)
-    room = gl.allocate_shared_memory(dtype, [D.room_units, UNIT_ROWS, UNIT_COLUMNS], rows_layout(UNIT_COLUMNS))
+    room = new_room(dtype, D)
     xs, outs, hidden = inputs_of(room, D), outputs_of(room, D), new_hidden(dtype, S)
     gates = gl.allocate_shared_memory(dtype, [S.gate_room // S.step, S.step], plain_layout(1))
     vector = gl.allocate_shared_memory(gl.float32, [S.squeeze_room], plain_layout(1))
@@ -214,13 +169,13 @@ def mbconv_down_hopper_kernel(
         expect_weights(weight_ring, turn, 1, S)
     if not S.resident:
         for index in gl.static_range(fixed(S.hidden_stages)):
-            expect_hidden(hidden_ring, index, index, S)
+            expect_hidden(hidden_ring, index, index, S.turns, S)
     gl.thread_barrier()
     for turn in gl.static_range(fixed(S.stages)):
         load_weights(weight_ring, turn, 1, S)
     if not S.resident:
         for index in gl.static_range(fixed(S.hidden_stages)):
-            load_hidden(hidden_ring, first_row, index, index, S)
+            load_hidden(hidden_ring, first_row, index, index, S.turns, S)
     excite(
         squeezed,
         vector,

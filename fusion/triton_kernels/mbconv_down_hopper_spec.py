@@ -5,30 +5,24 @@ from functools import cache
 
 from fusion.planner.mbconv_down_hopper_tile import PIECE, MBConvDownHopperTile
 from fusion.planner.mbconv_hopper_tile import LANES
-from fusion.planner.slabs import WIDEST
+from fusion.triton_kernels.mbconv_hopper_room import RoomSpec
 from fusion.triton_kernels.mbconv_hopper_spec import Spec
 
-UNIT_ELEMENTS = 8 * WIDEST
-"""The pattern of the widest swizzle: what everything in the room starts at multiples of."""
 LOAD_REGISTERS = 96
 """Of a thread, for pixels of the input on their way together."""
 
 
 @dataclass(frozen=True)
-class DownSpec:
+class DownSpec(RoomSpec):
     """Constants of the block, and how a tile divides its images (`MBConvDownHopperTile` tells of most).
 
-    `produced` has those of the first phase, whose pixels are the input's; `projected` those of the rest, whose pixels
-    are the output's. Without a `blur` the convolution has stride 2. `room` is shared memory that first the input has,
-    then the output and stages of weights.
+    Pixels of `produced` are the input's, those of `projected` the output's. Without a `blur` the convolution has stride
+    2.
     """
 
-    produced: Spec
-    projected: Spec
     blur: bool
     tiles_of_column: int
     columns: int
-    room_elements: int
 
     @property
     def exact(self) -> bool:
@@ -57,30 +51,12 @@ class DownSpec:
         return 2 * self.tiles_of_column
 
     @property
-    def room_units(self) -> int:
-        return self.room_elements // UNIT_ELEMENTS
-
-    @property
     def load_pixels(self) -> int:
         """Pixels of the input that are on their way together."""
         pixels, channels = self.produced.pixels, sum(self.produced.in_slabs)
         while pixels * channels > 2 * LOAD_REGISTERS * 256:
             pixels //= 2
         return pixels
-
-    def input_unit(self, slab: int) -> int:
-        """Where a slab of the input starts, in the room's units."""
-        return sum(self.produced.in_slabs[:slab]) * self.produced.pixels // UNIT_ELEMENTS
-
-    def output_unit(self, slab: int) -> int:
-        """Where a slab of the output starts; the one after the last is where weights start."""
-        return sum(self.projected.out_slabs[:slab]) * self.projected.pixels // UNIT_ELEMENTS
-
-    def weights_unit(self, product: int) -> int:
-        """Where the stages of a product's weights start."""
-        columns = sum(self.projected.products[:product])
-        elements = self.projected.stages * self.projected.step * columns
-        return self.output_unit(len(self.projected.out_slabs)) + elements // UNIT_ELEMENTS
 
 
 @cache
@@ -145,4 +121,4 @@ def constants(
         split=tile.splits_last(*size, hidden_channels),
     )
     room = tile.room_bytes(*size, in_channels, out_channels) // 2
-    return DownSpec(produced, projected, blur, tile.tiles_of_column(height), columns, room)
+    return DownSpec(produced, projected, room, blur, tile.tiles_of_column(height), columns)

@@ -252,10 +252,10 @@ def mbconv_hopper_kernel(
             fence_async_global()
             fence_async_shared()
             for index in gl.static_range(fixed(S.hidden_stages)):
-                expect_hidden(hidden_ring, block * S.turns + index, index, S)
+                expect_hidden(hidden_ring, block * S.turns + index, index, S.turns, S)
             gl.thread_barrier()
             for index in gl.static_range(fixed(S.hidden_stages)):
-                load_hidden(hidden_ring, first_row, block * S.turns + index, index, S)
+                load_hidden(hidden_ring, first_row, block * S.turns + index, index, S.turns, S)
         excite(
             squeezed,
             vector,

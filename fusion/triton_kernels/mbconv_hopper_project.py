@@ -60,7 +60,7 @@ def load_weights(ring, turn, blocks, S: gl.constexpr):
     """Start to load the weights of a turn."""
     vs, full, descs = ring
     row = turn * S.weight_rows
-    if S.passes > 1 or S.split:
+    if S.turns != S.packed_steps:
         row = (turn // S.turns * S.packed_steps + turn % S.turns % S.steps) * S.weight_rows
     for s in gl.static_range(len(S.products)):
         desc = descs[product_index(S.products[s])]
@@ -71,19 +71,19 @@ def load_weights(ring, turn, blocks, S: gl.constexpr):
 
 
 @gluon.jit
-def expect_hidden(ring, turn, index, S: gl.constexpr):
-    """Say that the hidden channels of turn `index` of a block will come, if there is one: `turn` of all blocks."""
+def expect_hidden(ring, turn, index, turns, S: gl.constexpr):
+    """Say that the hidden channels of turn `index` of `turns` will come, if there is one: `turn` of all blocks."""
     _, full, _ = ring
-    mbarrier.expect(full.index(turn % S.hidden_stages), S.hidden_rows * 128, pred=index < S.turns)
+    mbarrier.expect(full.index(turn % S.hidden_stages), S.hidden_rows * 128, pred=index < turns)
 
 
 @gluon.jit
-def load_hidden(ring, first_row, turn, index, S: gl.constexpr):
+def load_hidden(ring, first_row, turn, index, turns, S: gl.constexpr):
     """Start to load the hidden channels of a turn."""
     hidden, full, desc = ring
     row = first_row + index * S.hidden_rows
     barrier, target = full.index(turn % S.hidden_stages), hidden[0].index(turn % S.hidden_stages)
-    tma.async_copy_global_to_shared(desc, [row, 0], barrier, target, pred=index < S.turns)
+    tma.async_copy_global_to_shared(desc, [row, 0], barrier, target, pred=index < turns)
 
 
 @gluon.jit
@@ -167,13 +167,17 @@ def wait_products(sums, COUNT: gl.constexpr):
 def refill(index, first, blocks, first_row, hidden_ring, weight_ring, S: gl.constexpr):
     """The stages of turn `index` of a block, whose products are done, take later turns; `first` is the block's."""
     turn, later = first + index + S.stages, index + S.hidden_stages
+    of_all = first + later
+    turns = fixed(S.turns)
+    if S.all_hidden:
+        later, turns = of_all, blocks * S.turns
     expect_weights(weight_ring, turn, blocks, S)
     if not S.resident:
-        expect_hidden(hidden_ring, first + later, later, S)
+        expect_hidden(hidden_ring, of_all, later, turns, S)
     gl.thread_barrier()
     load_weights(weight_ring, turn, blocks, S)
     if not S.resident:
-        load_hidden(hidden_ring, first_row, first + later, later, S)
+        load_hidden(hidden_ring, first_row, of_all, later, turns, S)
 
 
 @gluon.jit

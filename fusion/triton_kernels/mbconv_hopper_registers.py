@@ -111,12 +111,13 @@ def beside(tile, DIRECTION: gl.constexpr, S: gl.constexpr):
 
 @gluon.constexpr_function
 def product_text(depth, dtype, left, right, sums, groups=(0, 1)):
-    """Products of two groups, or of one of them; the other keeps its sums. Functions tell each group's registers."""
+    """Products of two groups, or of one of them; the other keeps its sums. Functions tell each group's registers, by
+    the operand's number or a name."""
     text = ""
     types = f"f32.{type_name(dtype)}.{type_name(dtype)}.f32"
     for group in range(2):
         outs, a, b, c = (
-            ",".join(f"${register}" for register in operand(group))
+            ",".join(register if isinstance(register, str) else f"${register}" for register in operand(group))
             for operand in (lambda group: range(4 * group, 4 * group + 4), left, right, sums)
         )
         if group in groups:

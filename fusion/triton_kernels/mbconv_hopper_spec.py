@@ -110,6 +110,11 @@ class Spec:
         return self.packed_hidden // self.step
 
     @property
+    def all_hidden(self) -> bool:
+        """Whether the hidden channels of all blocks are there before the first one is projected."""
+        return False
+
+    @property
     def chunk(self) -> int:
         """Steps whose code follows each other."""
         return SWEEP // 2 // self.step if self.split else SWEEP // self.step * self.together

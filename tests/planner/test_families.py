@@ -12,6 +12,7 @@ from fusion.planner.families import (
     MBCONV,
     MBCONV_DOWN,
     MBCONV_HOPPER,
+    MBCONV_WINDOWS_HOPPER,
     PORTABLE,
     STEM,
     families_of,
@@ -33,6 +34,7 @@ from fusion.planner.match import (
 from fusion.planner.mbconv_down_tile import MBConvDownTile
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile
+from fusion.planner.mbconv_windows_hopper_tile import MBConvWindowsHopperTile
 from fusion.planner.processor import PROCESSORS
 from fusion.planner.tile import ConvFirstTile
 
@@ -104,6 +106,8 @@ SHAPES += [
     for sizes, options in (
         ((128, 16, 16, 128, 4), {}),
         ((4, 19, 23, 144, 3), {"out_channels": 24, "activation": "relu"}),
+        ((128, 28, 28, 40, 6), {"kernel_size": 5}),
+        ((1, 56, 56, 256, 4), {}),
         ((1, 8, 8, 24, 2), {"group_width": 24}),
     )
 ]
@@ -119,7 +123,9 @@ def test_a_tile_knows_its_family_and_a_name_finds_it():
     down_tile = MBConvDownTile(1, 8, 4, 8, 32, 16, 16, 16, 2, 2, 16, 32, 16, 64, 2, 2)
     assert family_of(down_tile) is MBCONV_DOWN is family_named("mbconv_down")
     assert family_of(MBConvHopperTile(1, 4, 32, 6)) is MBCONV_HOPPER is family_named("mbconv_hopper")
-    assert families_of(SHAPES[-1]) == (MBCONV_HOPPER, MBCONV), "in order of preference"
+    windows_tile = MBConvWindowsHopperTile(4, 8, 32, 4)
+    assert family_of(windows_tile) is MBCONV_WINDOWS_HOPPER is family_named("mbconv_windows_hopper")
+    assert families_of(SHAPES[-1]) == (MBCONV_HOPPER, MBCONV_WINDOWS_HOPPER, MBCONV), "in order of preference"
     with pytest.raises(ValueError, match="kernel 'fast' is unknown; use one of convfirst_hopper, convfirst, "):
         family_named("fast")
     with pytest.raises(TypeError, match="None is not a tile; use a HopperTile or a ConvFirstTile or a "):
@@ -141,7 +147,9 @@ def test_a_family_has_candidates_or_a_reason(family, shape, processor):
 
 
 @pytest.mark.parametrize(
-    "family", [HOPPER, PORTABLE, CONVFIRST_DOWN, FFN, MBCONV_HOPPER, MBCONV, STEM, HEAD], ids=lambda family: family.name
+    "family",
+    [HOPPER, PORTABLE, CONVFIRST_DOWN, FFN, MBCONV_HOPPER, MBCONV_WINDOWS_HOPPER, MBCONV, STEM, HEAD],
+    ids=lambda family: family.name,
 )
 def test_tiles_are_ranked_by_prediction(family):
     shape = next(shape for shape in SHAPES if isinstance(shape, family.shape_type))

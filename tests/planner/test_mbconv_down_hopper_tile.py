@@ -4,7 +4,13 @@ from itertools import product
 import pytest
 
 from fusion.planner.blocks import mbconv
-from fusion.planner.families import MBCONV_DOWN, MBCONV_DOWN_HOPPER, families_of, family_of
+from fusion.planner.families import (
+    MBCONV_DOWN,
+    MBCONV_DOWN_HOPPER,
+    MBCONV_DOWN_WINDOWS_HOPPER,
+    families_of,
+    family_of,
+)
 from fusion.planner.match import match_mbconv_down
 from fusion.planner.mbconv_down_hopper_tile import (
     MAX_COLUMNS,
@@ -160,7 +166,7 @@ def test_the_networks_blocks_are_planned(block, processor):
 
 
 def test_the_portable_kernels_take_the_rest():
-    assert families_of(shape()) == (MBCONV_DOWN_HOPPER, MBCONV_DOWN)
+    assert families_of(shape()) == (MBCONV_DOWN_HOPPER, MBCONV_DOWN_WINDOWS_HOPPER, MBCONV_DOWN)
     for options in ({"size": (15, 16)}, {"size": (34, 16)}, {"size": (16, 34)}, {"group_width": 16}):
         assert plan_block(graph(**options), "h200").kernel == "mbconv_down"
     assert plan_block(graph(), "a100").kernel == "mbconv_down"

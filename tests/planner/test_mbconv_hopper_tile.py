@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusion.planner.blocks import mbconv
-from fusion.planner.families import MBCONV, MBCONV_HOPPER
+from fusion.planner.families import MBCONV, MBCONV_HOPPER, MBCONV_WINDOWS_HOPPER
 from fusion.planner.match import match_mbconv
 from fusion.planner.mbconv_hopper_tile import (
     BANDS,
@@ -552,7 +552,6 @@ def test_the_planner_takes_one_kernel_for_small_images(channels, size, squeeze, 
 @pytest.mark.parametrize(
     "options, processor, reason",
     [
-        ({"size": (32, 32)}, "h200", "images of 32x32 pixels are too large"),
         ({"group_width": 16}, "h200", "kernel size 3 with group width 16 is not supported"),
         ({"channels": 512}, "h200", "registers a thread would spill"),
         ({}, "a100", "it is for compute capability 9.0, a100 has 8.0"),
@@ -568,6 +567,16 @@ def test_other_blocks_and_processors_take_the_portable_kernels(options, processo
     assert any(rejection.what == "Hopper kernel" and reason in rejection.why for rejection in plan.rejected)
     with pytest.raises(PlanError, match=reason):
         plan_block(mbconv(128, *size, channels, 4, **options), processor, kernel="mbconv_hopper")
+
+
+def test_larger_images_have_a_kernel_of_their_own():
+    graph, reason = mbconv(128, 32, 32, 128, 4), "images of 32x32 pixels are too large"
+    plan = plan_block(graph, "h200")
+    assert plan.family is MBCONV_WINDOWS_HOPPER and plan.kernel == "mbconv_windows_hopper"
+    assert plan.program.name == "fused"
+    assert any(rejection.what == "Hopper kernel" and reason in rejection.why for rejection in plan.rejected)
+    with pytest.raises(PlanError, match=reason):
+        plan_block(graph, "h200", kernel="mbconv_hopper")
 
 
 def test_the_portable_kernels_can_be_asked_for():

@@ -19,7 +19,15 @@ for name in sys.argv[1:]:
     keys[name] = kernel.cache_key
 print(sorted(keys.items()))
 """
-NAMES = ("stem", "convfirst_hopper", "convfirst", "head", "stem_convfirst_hopper", "mbconv_hopper")
+NAMES = (
+    "stem",
+    "convfirst_hopper",
+    "convfirst",
+    "head",
+    "stem_convfirst_hopper",
+    "mbconv_hopper",
+    "mbconv_windows_hopper",
+)
 
 
 def test_keys_do_not_depend_on_the_order_of_launches():

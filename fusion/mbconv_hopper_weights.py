@@ -66,7 +66,7 @@ def pack_mbconv_hopper(
     if kernel_size not in tile.KERNEL_SIZES:
         raise ValueError(
             f"weights cannot be packed for {tile!r}: kernel size {kernel_size} is not supported, use "
-            f"{' or '.join(map(str, tile.KERNEL_SIZES))}, or an MBConvTile"
+            f"{' or '.join(map(str, tile.KERNEL_SIZES))}, or an MBConvTile or MBConvDownTile"
         )
     if weights.group_width != GROUP_WIDTH:
         raise ValueError(
@@ -231,8 +231,8 @@ def _unpack_taps(taps: Tensor) -> Tensor:
 
 def kernel_size_of(taps: Tensor) -> int:
     """Of the convolution whose packed taps these are; 3 for tensors of another shape."""
-    sizes = {taps_pieces(size): size for size in KERNEL_SIZES}
-    return sizes.get(taps.shape[-4], KERNEL_SIZE) if taps.dim() >= 4 else KERNEL_SIZE
+    sizes = (size for size in KERNEL_SIZES if taps.dim() >= 4 and taps.shape[-4] == taps_pieces(size))
+    return next(sizes, KERNEL_SIZE)
 
 
 def _pack_conv_bias(bias: Tensor) -> Tensor:

@@ -254,11 +254,8 @@ def _check(
     if blur:
         raise ValueError(f"{name}: a blur-pool is not supported, {INSTEAD[name]}")
     check_squeeze_activation(name, squeeze_activation)
-    kernel_size = kernel_size_of(packed.taps)
-    if kernel_size not in tile.KERNEL_SIZES:
-        raise ValueError(f"{name}: kernel size {kernel_size} is not supported, {INSTEAD[name]}")
     sizes = in_channels, hidden_channels, out_channels, squeeze_channels
-    shapes = packed_sizes(tile, *sizes, kernel_size=kernel_size)
+    shapes = packed_sizes(tile, *sizes, kernel_size=kernel_size_of(packed.taps))
     check_weights(
         name,
         x,

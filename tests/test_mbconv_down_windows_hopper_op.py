@@ -371,7 +371,7 @@ def test_a_module_with_a_blur_pool_is_refused(random_mbconv_weights):
     fused = FusedMBConvDown(
         random_mbconv_weights(24, 72, squeeze=3), activation="silu", tuner=partial(plan_block, kernel=KERNEL)
     )
-    with pytest.raises(PlanError, match="a blur-pool is not supported, use a convolution of stride 2"):
+    with pytest.raises(PlanError, match="a blur-pool is not supported, use an MBConvDownTile"):
         fused(torch.randn(2, 24, 18, 20))
 
 

@@ -219,7 +219,7 @@ def row_pairs(height: int) -> int:
 def why_unsupported(shape: MBConvShape | MBConvDownShape) -> str | None:
     """Why no tile runs this block on any processor, and what to do instead; None if some tile may."""
     if isinstance(shape, MBConvDownShape) and shape.blur:
-        return "a blur-pool is not supported, use a convolution of stride 2"
+        return "a blur-pool is not supported, use an MBConvDownTile, or up to 32x32 pixels an MBConvDownHopperTile"
     return mbconv_hopper_tile.why_block_unsupported(shape, _tile_type(shape).KERNEL_SIZES) or why_too_large(
         _tile_type(shape)(4, max(PASS_TILES), min(STEPS), MIN_STAGES),
         *(shape.height, shape.width),

@@ -1,16 +1,17 @@
 """Compile kernels ahead of time, on a machine with or without a GPU, and read what the compiler made of them.
 
 `python -m fusion.triton_kernels.ahead --block 64,6,64 --capability 8.0 9.0` prints registers, spills, shared memory and
-matrix instructions of each combination; `--hopper-tile 64,64,2,2,1,64,0` does so for the Hopper kernel, and
-`--ffn-tile 2,64,2,4,4,1` for that of the FFN. `--block mbconv:128,4,16` compiles the two portable kernels of
-an MBConv block, `--mbconv-hopper-tile 1,4,32,6` the one for Hopper. `--block mbconv-down:48,4,32` does so for an MBConv
-block of stride 2 with twice as many output as input channels, and so does `--mbconv-down-hopper-tile 32,6,1`.
-`--block convfirst-down:32,6,128` is such a ConvFirst block, `--convfirst-down-tile 256,64,16,8` a tile of its portable
-kernel and `--convfirst-down-hopper-tile 64,32,2,2,1,32,3` one of the kernel for Hopper. `--block
-convfirst-strided:64,4,16` is one whose convolution has the stride, without a blur-pool, and `--block
-mbconv-strided:40,6,28` such an MBConv block. `--block stem:3,32,256 head:128,1280,8` are a network's stem and head,
-with their output channels in place of the expansion, and `--block stem-convfirst:16,3,256` is a stem of 16 channels
-with the ConvFirst block after it.
+matrix instructions of each combination; `--hopper-tile 64,64,2,2,1,64,0` does so for the Hopper kernel, and `--ffn-tile
+2,64,2,4,4,1` for that of the FFN. `--block mbconv:128,4,16` compiles the two portable kernels of an MBConv block,
+`--mbconv-hopper-tile 1,4,32,6` the one for Hopper, `--mbconv-windows-hopper-tile 4,8,64,4` that for larger images.
+`--block mbconv-down:48,4,32` does so for an MBConv block of stride 2 with twice as many output as input channels, and
+so does `--mbconv-down-hopper-tile 32,6,1`. `--block convfirst-down:32,6,128` is such a ConvFirst block,
+`--convfirst-down-tile 256,64,16,8` a tile of its portable kernel and `--convfirst-down-hopper-tile 64,32,2,2,1,32,3`
+one of the kernel for Hopper. `--block convfirst-strided:64,4,16` is one whose convolution has the stride, without a
+blur-pool, and `--block mbconv-strided:40,6,28` such an MBConv block, of which `--mbconv-down-windows-hopper-tile
+4,8,64,4` is a tile. `--block stem:3,32,256 head:128,1280,8` are a network's stem and head, with their output channels
+in place of the expansion, and `--block stem-convfirst:16,3,256` is a stem of 16 channels with the ConvFirst block after
+it.
 """
 
 import argparse

@@ -60,7 +60,7 @@ def load_weights(ring, turn, blocks, S: gl.constexpr):
     """Start to load the weights of a turn."""
     vs, full, descs = ring
     row = turn * S.weight_rows
-    if S.turns != S.packed_steps:
+    if not S.weights_in_order:
         row = (turn // S.turns * S.packed_steps + turn % S.turns % S.steps) * S.weight_rows
     for s in gl.static_range(len(S.products)):
         desc = descs[product_index(S.products[s])]
@@ -164,20 +164,28 @@ def wait_products(sums, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def later_turn(first, later, blocks, S: gl.constexpr):
+    """Of turn `later` of a block, whose first one is `first` of all: its number, and which it is of how many whose
+    hidden channels are there, the turns of this block or of all."""
+    if S.all_hidden:
+        return first + later, first + later, blocks * S.turns
+    else:
+        return first + later, later, fixed(S.turns)
+
+
+@gluon.jit
 def refill(index, first, blocks, first_row, hidden_ring, weight_ring, S: gl.constexpr):
     """The stages of turn `index` of a block, whose products are done, take later turns; `first` is the block's."""
     turn, later = first + index + S.stages, index + S.hidden_stages
-    of_all = first + later
-    turns = fixed(S.turns)
-    if S.all_hidden:
-        later, turns = of_all, blocks * S.turns
     expect_weights(weight_ring, turn, blocks, S)
     if not S.resident:
-        expect_hidden(hidden_ring, of_all, later, turns, S)
+        of_all, there, turns = later_turn(first, later, blocks, S)
+        expect_hidden(hidden_ring, of_all, there, turns, S)
     gl.thread_barrier()
     load_weights(weight_ring, turn, blocks, S)
     if not S.resident:
-        load_hidden(hidden_ring, first_row, of_all, later, turns, S)
+        of_all, there, turns = later_turn(first, later, blocks, S)
+        load_hidden(hidden_ring, first_row, of_all, there, turns, S)
 
 
 @gluon.jit

@@ -110,6 +110,11 @@ class Spec:
         return self.packed_hidden // self.step
 
     @property
+    def weights_in_order(self) -> bool:
+        """Whether the weights of all turns follow each other, those of one block after another's."""
+        return self.passes == 1 and not self.split
+
+    @property
     def all_hidden(self) -> bool:
         """Whether the hidden channels of all blocks are there before the first one is projected."""
         return False

@@ -52,6 +52,10 @@ class PassSpec(Spec):
         return 0
 
     @property
+    def weights_in_order(self) -> bool:
+        return False
+
+    @property
     def all_hidden(self) -> bool:
         return True
 

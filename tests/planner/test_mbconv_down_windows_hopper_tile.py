@@ -254,7 +254,10 @@ def test_malformed_tiles(changes, reason):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"blur": True}, "a blur-pool is not supported, use a convolution of stride 2"),
+        (
+            {"blur": True},
+            "a blur-pool is not supported, use an MBConvDownTile, or up to 32x32 pixels an MBConvDownHopperTile",
+        ),
         ({"dtype": "float32"}, "dtype float32 is not supported, use one of float16, bfloat16"),
         ({"activation": "gelu"}, "activation gelu is not supported, use relu or silu"),
         ({"kernel_size": 7}, "kernel size 7 with group width 8 is not supported, use 3 or 5 and 8"),
@@ -323,7 +326,7 @@ def test_5x5_convolutions_take_more_registers_and_time():
     wide = replace(block, kernel_size=5)
     for tile in candidate_tiles(wide, H200):
         assert estimated_registers(tile, wide) > estimated_registers(tile, block)
-        assert predicted_us(tile, wide, H200) > predicted_us(tile, block, H200)
+        assert predicted_us(tile, wide, H200) > 1.3 * predicted_us(tile, block, H200)
         assert local_memory_bytes(tile, wide, H200) == local_memory_bytes(tile, block, H200)
 
 
@@ -384,7 +387,7 @@ def test_small_images_stay_with_the_kernel_that_holds_them(size):
 @pytest.mark.parametrize(
     "options, processor, reason",
     [
-        ({"blur": True}, "h200", "a blur-pool is not supported, use a convolution of stride 2"),
+        ({"blur": True}, "h200", "a blur-pool is not supported, use an MBConvDownTile"),
         ({"channels": 32, "group_width": 16}, "h200", "kernel size 3 with group width 16 is not supported"),
         ({"activation": "gelu"}, "h200", "activation gelu is not supported, use relu or silu"),
         ({"channels": 512}, "h200", "registers a thread would spill"),

@@ -126,7 +126,7 @@ def test_interpreted_kernels_cannot_be_compiled():
 def test_unsupported_blocks_are_refused():
     case = CASES[0]
     for shape, tile, message in (
-        (replace(case.shape, blur=True), case.planned, "a blur-pool is not supported, use a convolution of stride 2"),
+        (replace(case.shape, blur=True), case.planned, "a blur-pool is not supported, use an MBConvDownTile"),
         (replace(case.shape, activation="gelu"), case.planned, "activation gelu is not supported, use relu or silu"),
         (case.shape, MBConvDownWindowsHopperTile(2, 8, 32, 4), "piece=2 is not one of 4"),
     ):

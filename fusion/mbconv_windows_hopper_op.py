@@ -59,8 +59,8 @@ def mbconv_windows_hopper(
     residual: bool,
     tile: list[int],
 ) -> Tensor:
-    """MBConv block (section 5.4) of images that are too large for `fusion::mbconv_hopper`, groups of 8 channels, as one
-    kernel for Hopper GPUs.
+    """MBConv block (section 5.4) of images that are too large for `fusion::mbconv_hopper`, or with a 5x5 convolution,
+    groups of 8 channels, as one kernel for Hopper GPUs.
 
     `[N, C, H, W] -> [N, K, H, W]`, channels_last. It computes what `fusion::mbconv` does, with tanh approximated and
     hidden channels rounded to the dtype of `x`. Equal inputs give equal bits: a program sums the squeeze vector of its
@@ -144,7 +144,7 @@ def mbconv_down_windows_hopper(
     tile: list[int],
 ) -> Tensor:
     """MBConv block of stride 2 (section 5.4) without a blur-pool, of images that are too large for
-    `fusion::mbconv_down_hopper`, groups of 8 channels, as one kernel for Hopper GPUs.
+    `fusion::mbconv_down_hopper`, or with a 5x5 convolution, groups of 8 channels, as one kernel for Hopper GPUs.
 
     `[N, C, H, W] -> [N, K, ceil(H / 2), ceil(W / 2)]`, channels_last. It computes what `fusion::mbconv_down` does
     without `blur`, which must be false, and otherwise is as `fusion::mbconv_windows_hopper`; `tile` is

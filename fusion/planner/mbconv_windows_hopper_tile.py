@@ -42,16 +42,13 @@ MIN_PIECES = 2
 PASS_TILES = (8, 16)
 """Of pixels that are projected together: rows of products for all warps."""
 TRIED_STAGES = (6, 4, 3, 2)
-# Fitted to measurements on an H200 and an H100 at batch 128: 7 % off (root mean square), 18 % at most
-# (tests/planner/test_mbconv_windows_hopper_tile.py).
+# Fitted to measurements on an H200 and an H100 at batch 128 (tests/planner/test_mbconv_windows_hopper_tile.py).
 TILE_US = 0.24
 """Of a sweep and a tile."""
 PIECE_US = 0.1
 """Of a sweep and what is expanded together."""
-WIDE_SHARE = 1.7
-"""Of that time, with a 5x5 convolution."""
-STRIDED_SHARE = 0.73
-"""Of that time, if a quarter of the pixels is convolved."""
+SHARES = {(1, 3): 1.0, (1, 5): 1.7, (2, 3): 0.73, (2, 5): 0.9}
+"""Of that time by stride and kernel size: of stride 2 a quarter of the pixels is convolved."""
 STEP_US = 0.08
 """Of a step of the projection."""
 WEIGHT_BYTES_PER_US = 66e3
@@ -281,8 +278,10 @@ def why_invalid(tile: WindowsTile, shape: MBConvShape | MBConvDownShape, process
 
 def why_none(shape: MBConvShape | MBConvDownShape, processor: Processor) -> str | None:
     """Why no tile runs `shape` on `processor`; None if some tile does."""
-    reasons = [why_invalid(tile, shape, processor) for tile in _tiles(shape)]
-    return None if None in reasons else reasons[0]
+    if any(why_invalid(tile, shape, processor) is None for tile in _tiles(shape)):
+        return None
+    smallest = min(_tiles(shape), key=lambda tile: local_memory_bytes(tile, shape, processor))
+    return why_invalid(smallest, shape, processor)
 
 
 def local_memory_bytes(tile: WindowsTile, shape: MBConvShape | MBConvDownShape, processor: Processor) -> int:
@@ -322,10 +321,7 @@ def predicted_us(tile: WindowsTile, shape: MBConvShape | MBConvDownShape, proces
     tiles = sweeps * count * columns
     steps = passes * sweeps * SWEEP / tile.step
     tile_us = TILE_US + PIECE_US / tile.piece
-    if shape.kernel_size == 5:
-        tile_us *= WIDE_SHARE
-    if tile.STRIDE == 2:
-        tile_us *= STRIDED_SHARE
+    tile_us *= SHARES[tile.STRIDE, shape.kernel_size]
     work_us = tiles * tile_us + steps * STEP_US + abs(tile.stages - GOOD_STAGES) * STAGE_US
     rounds = ceil(shape.batch / processor.processors)
     return LAUNCH_US + rounds * (work_us + bytes_us)

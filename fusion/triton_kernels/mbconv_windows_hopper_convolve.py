@@ -106,9 +106,8 @@ def finish_tile(sums, index, weights, pool, target, D: gl.constexpr):
 
 
 @gluon.jit
-def convolve_3(neighbours, tiles, piece, PLACE: gl.constexpr, weights, pool, target, D: gl.constexpr):
+def convolve_3(neighbours, tiles, first, PLACE: gl.constexpr, weights, pool, target, D: gl.constexpr):
     """Stride 1. Hands on the last two columns, of which the last one is not convolved yet."""
-    first = piece * D.produced.piece
     if PLACE == "first":
         tiles = (no_tile(),) + tiles
     else:
@@ -135,16 +134,15 @@ def convolve_3_strided(last, tiles, piece, PLACE: gl.constexpr, weights, pool, t
 
 
 @gluon.jit
-def convolve_5(columns, tiles, piece, PLACE: gl.constexpr, weights, pool, target, D: gl.constexpr):
+def convolve_5(columns, tiles, first, PLACE: gl.constexpr, weights, pool, target, D: gl.constexpr):
     """Stride 1. Hands on the sums of four columns, from two before the next piece on."""
-    first = piece * D.produced.piece - 2
     bias = weights[1]
     if PLACE == "first":
         columns = (bias, bias, bias, bias)
     for k in gl.static_range(fixed(D.produced.piece)):
         added = add_tile(tiles[k], weights, columns + (bias,))
         if PLACE != "first" or k >= 2:  # two columns before the image's first one are none
-            pool = finish_tile(added[0], first + k, weights, pool, target, D)
+            pool = finish_tile(added[0], first + k - 2, weights, pool, target, D)
         columns = (added[1], added[2], added[3], added[4])
     if PLACE == "last":
         for k in gl.static_range(2):
@@ -166,7 +164,7 @@ def convolve_5_strided(tiles_of_output, tiles, piece, PLACE: gl.constexpr, weigh
 
 
 @gluon.jit
-def convolve_piece(state, tiles, piece, PLACE: gl.constexpr, weights, pool, target, D: gl.constexpr):
+def convolve_piece(state, tiles, piece, first, PLACE: gl.constexpr, weights, pool, target, D: gl.constexpr):
     """Convolve the tiles of a piece, the "first" one, an "inner" or the "last"; activate, store and pool what is then
     complete of the output.
 
@@ -174,10 +172,10 @@ def convolve_piece(state, tiles, piece, PLACE: gl.constexpr, weights, pool, targ
     what the next piece needs, and the pool.
     """
     if D.produced.kernel_size == 3 and D.stride == 1:
-        return convolve_3(state, tiles, piece, PLACE, weights, pool, target, D)
+        return convolve_3(state, tiles, first, PLACE, weights, pool, target, D)
     elif D.produced.kernel_size == 3:
         return convolve_3_strided(state, tiles, piece, PLACE, weights, pool, target, D)
     elif D.stride == 1:
-        return convolve_5(state, tiles, piece, PLACE, weights, pool, target, D)
+        return convolve_5(state, tiles, first, PLACE, weights, pool, target, D)
     else:
         return convolve_5_strided(state, tiles, piece, PLACE, weights, pool, target, D)

@@ -46,18 +46,21 @@ def produce_sweep(window, sweep, pieces, left, squeezed, xs, weights, ws, dtype:
     target = window, ws, sweep
     tiles = activated(finish_expand(start_expand(operands, xs, 0, S)), window, 0, like, D)
     sums = start_expand(operands, xs, 1, S)
-    state, pool = convolve_piece((), tiles, 0, "first", conv, pool, target, D)
+    state, pool = convolve_piece((), tiles, 0, 0, "first", conv, pool, target, D)
     sums = finish_expand(sums)
     for piece in range(1, pieces - 1):
-        tiles = activated(sums, window, piece * S.piece, like, D)
+        first = piece * S.piece
+        tiles = activated(sums, window, first, like, D)
         sums = start_expand(operands, xs, piece + 1, S)
-        state, pool = convolve_piece(state, tiles, piece, "inner", conv, pool, target, D)
+        state, pool = convolve_piece(state, tiles, piece, first, "inner", conv, pool, target, D)
         sums = finish_expand(sums)
     # The next window begins with the first sweep again.
     left = load_left(expand_ptr, (sweep + 1) % S.sweeps, True, dtype, S)
     squeeze = load_squeeze(squeeze_ptr, sweep, WARPS, dtype, S)
-    tiles = activated(sums, window, S.columns - S.piece, like, D)
-    _, pool = convolve_piece(state, tiles, pieces - 1, "last", conv, pool, target, D)
+    # A constant, so that the compiler knows which columns are beyond the image.
+    LAST: gl.constexpr = S.columns - S.piece
+    tiles = activated(sums, window, LAST, like, D)
+    _, pool = convolve_piece(state, tiles, pieces - 1, LAST, "last", conv, pool, target, D)
     return left, squeeze_pool(own_pool(pool, window), squeeze, squeezed, like, fixed(D.projected))
 
 

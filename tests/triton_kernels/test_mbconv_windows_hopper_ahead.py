@@ -84,11 +84,15 @@ def products(case):
 
     It has a loop over sweeps of a window. In it are the first piece, a loop over others, and the last one; a tile is
     convolved by six products for each of two groups, or 5x5 by three for each group and each of five columns, of which
-    three are beyond either side of the image. And a loop over chunks of the projection's steps.
+    three are beyond either side of the image; columns of the last piece that are beyond the image are not convolved.
+    And a loop over chunks of the projection's steps.
     """
-    projected, columns = spec_of(case).projected, 3 * case.planned.piece
+    projected, width = spec_of(case).projected, case.size[1]
+    columns = 3 * case.planned.piece
     project = projected.chunk * projected.step // 16 * len(projected.products) * projected.rows // 128
     squeeze_and_excite = (1 + projected.sweeps) * projected.squeeze_depths
+    if case.kernel_size == 3:
+        columns -= case.planned.columns(width) - width
     convolve = 12 * columns if case.kernel_size == 3 else 6 * (5 * columns - 2 * 3)
     return 3 * projected.depths + project, convolve + squeeze_and_excite
 

@@ -5,28 +5,20 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fusion import reference
-from fusion.mbconv_hopper_weights import PackedMBConvHopper, packed_sizes, unpack_mbconv_hopper
+from fusion.mbconv_hopper_checks import check_block
+from fusion.mbconv_hopper_weights import PackedMBConvHopper, unpack_mbconv_hopper
 from fusion.op_checks import (
     aligned,
-    any_of,
     check_gpu,
-    check_input,
-    check_squeeze_activation,
-    check_weights,
     empty_output,
     gradient_refusal,
-    is_too_many,
-    refuse_malformed,
     tile_from_ints,
-    weight_dtype,
 )
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile, why_malformed, why_not_covering
-from fusion.planner.mbconv_hopper_tile import ACTIVATIONS, GROUP_WIDTH, MAX_IMAGES
 
 NAME = "fusion::mbconv_down_hopper"
 INSTEAD = "pack the weights for an MBConvDownTile and call fusion::mbconv_down"
 """What to do on other GPUs than Hopper's, and with other sizes."""
-FP32_NAMES = ("conv_bias", "squeeze_bias", "excite_bias", "project_bias")
 
 
 @custom_op(NAME, mutates_args=())
@@ -147,33 +139,19 @@ def _check(
     tile: list[int],
 ) -> MBConvDownHopperTile:
     config = tile_from_ints(NAME, MBConvDownHopperTile, tile)
-    check_input(NAME, x, out_channels)
-    batch, in_channels, height, width = x.shape
-    if min(hidden_channels, squeeze_channels) < 1 or hidden_channels % GROUP_WIDTH:
-        raise ValueError(
-            f"{NAME}: {hidden_channels} hidden and {squeeze_channels} squeeze channels do not go together with groups "
-            f"of {GROUP_WIDTH}; both are positive, and hidden channels a multiple of the group width"
-        )
-    refuse_malformed(NAME, config, why_malformed(config))
-    uncovered = why_not_covering(height, width, blur)
-    if uncovered:
-        raise ValueError(f"{NAME}: {uncovered}; {INSTEAD}")
-    if is_too_many(batch, MAX_IMAGES):
-        raise ValueError(f"{NAME}: {batch} images are too many for a launch, split the batch")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{NAME}: activation {activation!r} is not supported, use {any_of(ACTIVATIONS)}")
-    check_squeeze_activation(NAME, squeeze_activation)
-    shapes = packed_sizes(config, in_channels, hidden_channels, out_channels, squeeze_channels)
-    check_weights(
+    check_block(
         NAME,
         x,
-        hidden_channels,
+        packed,
         out_channels,
         config,
-        "fusion.mbconv_hopper_weights.pack_mbconv_hopper",
-        (
-            (name, tensor, shapes[name], torch.float32 if name in FP32_NAMES else weight_dtype(x))
-            for name, tensor in vars(packed).items()
-        ),
+        hidden_channels=hidden_channels,
+        squeeze_channels=squeeze_channels,
+        activation=activation,
+        squeeze_activation=squeeze_activation,
+        why_malformed=why_malformed(config),
     )
+    uncovered = why_not_covering(*x.shape[2:], blur)
+    if uncovered:
+        raise ValueError(f"{NAME}: {uncovered}; {INSTEAD}")
     return config

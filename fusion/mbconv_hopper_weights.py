@@ -229,10 +229,10 @@ def _unpack_taps(taps: Tensor) -> Tensor:
     return conv.permute(0, 1, 4, 2, 3, 5, 6, 7).reshape(-1, GROUP_WIDTH, size, size)
 
 
-def kernel_size_of(taps: Tensor) -> int:
-    """Of the convolution whose packed taps these are; 3 for tensors of another shape."""
-    sizes = (size for size in KERNEL_SIZES if taps.dim() >= 4 and taps.shape[-4] == taps_pieces(size))
-    return next(sizes, KERNEL_SIZE)
+def kernel_size_of(taps: Tensor, sizes: Sequence[int] = KERNEL_SIZES) -> int:
+    """Of the convolution, of one of these sizes, whose packed taps these are; 3 for tensors of another shape."""
+    found = (size for size in sizes if taps.dim() >= 4 and taps.shape[-4] == taps_pieces(size))
+    return next(found, KERNEL_SIZE)
 
 
 def _pack_conv_bias(bias: Tensor) -> Tensor:

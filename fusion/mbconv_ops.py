@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
 from fusion import reference
-from fusion.mbconv_hopper_weights import PackedMBConvHopper, packed_sizes, unpack_mbconv_hopper
+from fusion.mbconv_hopper_checks import check_block
+from fusion.mbconv_hopper_weights import PackedMBConvHopper, unpack_mbconv_hopper
 from fusion.mbconv_weights import PackedMBConv, mbconv_sizes, packed_kernel_size, unpack_mbconv
 from fusion.op_checks import (
     aligned,
@@ -17,13 +18,12 @@ from fusion.op_checks import (
     check_weights,
     empty_output,
     gradient_refusal,
-    is_too_many,
     refuse_malformed,
     tile_from_ints,
     weight_dtype,
 )
 from fusion.planner import mbconv_hopper_tile
-from fusion.planner.mbconv_hopper_tile import MAX_IMAGES, MBConvHopperTile
+from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
 from fusion.planner.mbconv_tile import MBConvTile, why_kernel_size_unsupported, why_malformed, why_splits_groups
 from fusion.planner.tile import MAX_IMAGE_ELEMENTS
 
@@ -281,39 +281,24 @@ def _check_hopper(
 ) -> MBConvHopperTile:
     op = "fusion::mbconv_hopper"
     config = tile_from_ints(op, MBConvHopperTile, tile)
-    check_input(op, x, out_channels)
-    if min(hidden_channels, squeeze_channels) < 1 or hidden_channels % mbconv_hopper_tile.GROUP_WIDTH:
-        raise ValueError(
-            f"{op}: {hidden_channels} hidden and {squeeze_channels} squeeze channels do not go together with groups of "
-            f"{mbconv_hopper_tile.GROUP_WIDTH}; both are positive, and hidden channels a multiple of the group width"
-        )
-    refuse_malformed(op, config, mbconv_hopper_tile.why_malformed(config))
-    batch, in_channels, height, width = x.shape
-    uncovered = mbconv_hopper_tile.why_not_covering(config, height, width)
-    if uncovered:
-        raise ValueError(f"{op}: {uncovered}; take the tile of a plan for this size")
-    if is_too_many(batch, MAX_IMAGES):
-        raise ValueError(f"{op}: {batch} images are too many for a launch, split the batch")
-    supported = mbconv_hopper_tile.ACTIVATIONS
-    if activation not in supported:
-        raise ValueError(f"{op}: activation {activation!r} is not supported, use {any_of(supported)}")
-    check_squeeze_activation(op, squeeze_activation)
     blocks = max(1, len(packed.expand)) if packed.expand.dim() else 1
-    if blocks > 1 and not residual:
-        raise ValueError(f"{op}: {blocks} blocks in one launch without residuals are not supported, call it for each")
-    shapes = packed_sizes(config, in_channels, hidden_channels, out_channels, squeeze_channels, blocks)
-    fp32 = ("conv_bias", "squeeze_bias", "excite_bias", "project_bias")
-    check_weights(
+    check_block(
         op,
         x,
-        hidden_channels,
+        packed,
         out_channels,
         config,
-        "fusion.mbconv_hopper_weights.pack_mbconv_hopper",
-        (
-            (name, tensor, shapes[name], torch.float32 if name in fp32 else weight_dtype(x))
-            for name, tensor in vars(packed).items()
-        ),
+        hidden_channels=hidden_channels,
+        squeeze_channels=squeeze_channels,
+        activation=activation,
+        squeeze_activation=squeeze_activation,
+        why_malformed=mbconv_hopper_tile.why_malformed(config),
+        residual=residual,
+        blocks=blocks,
     )
-    check_residual(op, residual, in_channels, out_channels)
+    uncovered = mbconv_hopper_tile.why_not_covering(config, *x.shape[2:])
+    if uncovered:
+        raise ValueError(f"{op}: {uncovered}; take the tile of a plan for this size")
+    if blocks > 1 and not residual:
+        raise ValueError(f"{op}: {blocks} blocks in one launch without residuals are not supported, call it for each")
     return config

@@ -5,23 +5,15 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fusion import reference
-from fusion.mbconv_hopper_weights import PackedMBConvHopper, kernel_size_of, packed_sizes, unpack_mbconv_hopper
+from fusion.mbconv_hopper_checks import check_block
+from fusion.mbconv_hopper_weights import PackedMBConvHopper, unpack_mbconv_hopper
 from fusion.op_checks import (
     aligned,
-    any_of,
     check_gpu,
-    check_input,
-    check_residual,
-    check_squeeze_activation,
-    check_weights,
     empty_output,
     gradient_refusal,
-    is_too_many,
-    refuse_malformed,
     tile_from_ints,
-    weight_dtype,
 )
-from fusion.planner.mbconv_hopper_tile import ACTIVATIONS, GROUP_WIDTH, MAX_IMAGES
 from fusion.planner.mbconv_windows_hopper_tile import (
     MBConvDownWindowsHopperTile,
     MBConvWindowsHopperTile,
@@ -36,7 +28,6 @@ INSTEAD = {
     DOWN_NAME: "pack the weights for an MBConvDownTile and call fusion::mbconv_down",
 }
 """What to do on other GPUs than Hopper's."""
-FP32_NAMES = ("conv_bias", "squeeze_bias", "excite_bias", "project_bias")
 
 
 @custom_op(NAME, mutates_args=())
@@ -236,36 +227,22 @@ def _check(
     residual: bool = False,
     blur: bool = False,
 ) -> None:
-    check_input(name, x, out_channels)
-    batch, in_channels, height, width = x.shape
-    if min(hidden_channels, squeeze_channels) < 1 or hidden_channels % GROUP_WIDTH:
-        raise ValueError(
-            f"{name}: {hidden_channels} hidden and {squeeze_channels} squeeze channels do not go together with groups "
-            f"of {GROUP_WIDTH}; both are positive, and hidden channels a multiple of the group width"
-        )
-    refuse_malformed(name, tile, why_malformed(tile))
+    check_block(
+        name,
+        x,
+        packed,
+        out_channels,
+        tile,
+        hidden_channels=hidden_channels,
+        squeeze_channels=squeeze_channels,
+        activation=activation,
+        squeeze_activation=squeeze_activation,
+        why_malformed=why_malformed(tile),
+        residual=residual,
+    )
+    _, in_channels, height, width = x.shape
     too_large = why_too_large(tile, height, width, in_channels, hidden_channels, out_channels)
     if too_large:
         raise ValueError(f"{name}: {too_large}")
-    if is_too_many(batch, MAX_IMAGES):
-        raise ValueError(f"{name}: {batch} images are too many for a launch, split the batch")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation {activation!r} is not supported, use {any_of(ACTIVATIONS)}")
     if blur:
         raise ValueError(f"{name}: a blur-pool is not supported, {INSTEAD[name]}")
-    check_squeeze_activation(name, squeeze_activation)
-    sizes = in_channels, hidden_channels, out_channels, squeeze_channels
-    shapes = packed_sizes(tile, *sizes, kernel_size=kernel_size_of(packed.taps))
-    check_weights(
-        name,
-        x,
-        hidden_channels,
-        out_channels,
-        tile,
-        "fusion.mbconv_hopper_weights.pack_mbconv_hopper",
-        (
-            (field, tensor, shapes[field], torch.float32 if field in FP32_NAMES else weight_dtype(x))
-            for field, tensor in vars(packed).items()
-        ),
-    )
-    check_residual(name, residual, in_channels, out_channels)

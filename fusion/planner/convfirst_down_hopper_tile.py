@@ -38,7 +38,7 @@ from fusion.planner.hopper_tile import (
     available_registers,
 )
 from fusion.planner.match import ConvFirstDownShape
-from fusion.planner.processor import Processor, kilobytes
+from fusion.planner.processor import Processor, kilobytes, why_other_capability
 from fusion.planner.slabs import WIDEST, slab_widths
 
 COLUMN_TAPS = 11
@@ -139,10 +139,11 @@ def why_malformed(tile: ConvFirstDownHopperTile, hidden_channels: int) -> str | 
 
 def why_invalid(tile: ConvFirstDownHopperTile, shape: ConvFirstDownShape, processor: Processor) -> str | None:
     """Why the kernel cannot, or should not, run `shape` with this tile on `processor`; None if it is valid."""
-    if processor.compute_capability != COMPUTE_CAPABILITY:
-        needed, found = (".".join(map(str, pair)) for pair in (COMPUTE_CAPABILITY, processor.compute_capability))
-        return f"it is for compute capability {needed}, {processor.name} has {found}"
-    general = why_unsupported(shape) or why_malformed(tile, shape.hidden_channels)
+    general = (
+        why_other_capability(processor, COMPUTE_CAPABILITY)
+        or why_unsupported(shape)
+        or why_malformed(tile, shape.hidden_channels)
+    )
     if general:
         return general
     work = tile.work(shape.batch, shape.out_height, shape.out_width, processor.processors)

@@ -13,7 +13,7 @@ from math import ceil
 
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import FfnShape
-from fusion.planner.processor import Processor, kilobytes
+from fusion.planner.processor import Processor, kilobytes, why_other_capability
 from fusion.planner.slabs import WIDEST, HopperSlabs
 from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_REGISTERS
 
@@ -130,10 +130,11 @@ def why_malformed(tile: FfnTile, hidden_channels: int) -> str | None:
 
 def why_invalid(tile: FfnTile, shape: FfnShape, processor: Processor) -> str | None:
     """Why the kernel cannot, or should not, run `shape` with this tile on `processor`; None if it is valid."""
-    if processor.compute_capability != COMPUTE_CAPABILITY:
-        needed, found = (".".join(map(str, pair)) for pair in (COMPUTE_CAPABILITY, processor.compute_capability))
-        return f"it is for compute capability {needed}, {processor.name} has {found}"
-    general = why_unsupported(shape) or why_malformed(tile, shape.hidden_channels)
+    general = (
+        why_other_capability(processor, COMPUTE_CAPABILITY)
+        or why_unsupported(shape)
+        or why_malformed(tile, shape.hidden_channels)
+    )
     if general:
         return general
     registers = estimated_registers(tile, shape)

@@ -13,7 +13,7 @@ from typing import ClassVar
 from fusion.planner import tile as portable
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import ConvFirstShape
-from fusion.planner.processor import Processor, kilobytes
+from fusion.planner.processor import Processor, kilobytes, why_other_capability
 from fusion.planner.slabs import NARROWEST, WIDEST, HopperSlabs
 
 COMPUTE_CAPABILITY = (9, 0)
@@ -212,10 +212,11 @@ def _why_not_streamed(tile: RowsTile, steps: int) -> str | None:
 
 def why_invalid(tile: HopperTile, shape: ConvFirstShape, processor: Processor) -> str | None:
     """Why the kernel cannot, or should not, run `shape` with this tile on `processor`; None if it is valid."""
-    if processor.compute_capability != COMPUTE_CAPABILITY:
-        needed, found = (".".join(map(str, pair)) for pair in (COMPUTE_CAPABILITY, processor.compute_capability))
-        return f"it is for compute capability {needed}, {processor.name} has {found}"
-    general = why_unsupported(shape) or why_malformed(tile, shape.hidden_channels)
+    general = (
+        why_other_capability(processor, COMPUTE_CAPABILITY)
+        or why_unsupported(shape)
+        or why_malformed(tile, shape.hidden_channels)
+    )
     if general:
         return general
     work = tile.work(shape.batch, shape.height, shape.width, processor.processors)

@@ -32,18 +32,18 @@ from fusion.planner.mbconv_hopper_tile import (
     STAGE_US,
     STEPS,
     SWEEP,
-    TAPS,
-    TAPS_ELEMENTS,
+    TAPS_PIECE_ELEMENTS,
     TILE_PIXELS,
     TILE_US,
     TRIED_STAGES,
     WARPS,
     SweptChannels,
+    taps_pieces,
     why_block_unsupported,
+    why_no_room,
 )
-from fusion.planner.processor import Processor, kilobytes
+from fusion.planner.processor import Processor, why_other_capability
 from fusion.planner.slabs import slab_widths
-from fusion.planner.tile import MAX_REGISTERS
 
 PIECE = MAX_TILES_AT_ONCE
 """Tiles that are expanded together."""
@@ -255,25 +255,10 @@ def why_not_covering(height: int, width: int, blur: bool) -> str | None:
 
 def why_invalid(tile: MBConvDownHopperTile, shape: MBConvDownShape, processor: Processor) -> str | None:
     """Why the kernel cannot, or should not, run `shape` with this tile on `processor`; None if it is valid."""
-    if processor.compute_capability != COMPUTE_CAPABILITY:
-        needed, found = (".".join(map(str, pair)) for pair in (COMPUTE_CAPABILITY, processor.compute_capability))
-        return f"it is for compute capability {needed}, {processor.name} has {found}"
-    general = why_unsupported(shape) or why_malformed(tile)
+    general = why_other_capability(processor, COMPUTE_CAPABILITY) or why_unsupported(shape) or why_malformed(tile)
     if general:
         return general
-    registers = estimated_registers(tile, shape)
-    if registers > MAX_REGISTERS:
-        return (
-            f"about {registers:.0f} registers a thread would spill, {MAX_REGISTERS} are available: expansion weights "
-            f"of {shape.in_channels} channels and sums of {shape.out_channels} output channels stay in registers"
-        )
-    local = local_memory_bytes(tile, shape, processor)
-    if local > processor.local_memory_bytes:
-        return (
-            f"input, hidden channels and weights of {kilobytes(local)} do not fit the "
-            f"{kilobytes(processor.local_memory_bytes)} of local memory that {processor.name} has"
-        )
-    return None
+    return why_no_room(estimated_registers(tile, shape), local_memory_bytes(tile, shape, processor), shape, processor)
 
 
 def why_none(shape: MBConvDownShape, processor: Processor) -> str | None:
@@ -295,7 +280,7 @@ def estimated_registers(tile: MBConvDownHopperTile, shape: MBConvDownShape) -> f
     # Of each tile of a column a window of two columns and sums that the next ones blur; the pool and output columns.
     # Without a blur a window of one column, the pool and sums.
     held = tiles * (2 * 8 + 8) + 12 if shape.blur else tiles * 8 + 16
-    produce = depth / 4 + 8 * PIECE + held + 4 * TAPS + 24
+    produce = depth / 4 + 8 * PIECE + held + 4 * taps_pieces(shape.kernel_size) + 24
     rows = tile.out_pixels(*size) // tile.passes(*size, shape.out_channels)
     divided = max(1, TILE_PIXELS * WARPS // rows)
     project = tile.sum_registers(*size, shape.out_channels)
@@ -315,7 +300,9 @@ def predicted_us(tile: MBConvDownHopperTile, shape: MBConvDownShape, processor: 
     streamed = 0 if tile.resident else 2 * tile.out_pixels(*size)
     # Of a hidden channel: rows of all matrices, and its pixels, which are written and read.
     elements = (
-        16 * tile.depths(shape.in_channels) + TAPS_ELEMENTS // SWEEP + 32 * tile.squeeze_depths(shape.squeeze_channels)
+        16 * tile.depths(shape.in_channels)
+        + taps_pieces(shape.kernel_size) * TAPS_PIECE_ELEMENTS // SWEEP
+        + 32 * tile.squeeze_depths(shape.squeeze_channels)
     )
     elements += tile.passes(*size, shape.out_channels) * sum(tile.out_slabs(shape.out_channels)) + streamed
     image_bytes = tile.input_bytes(*size, shape.in_channels) + tile.output_bytes(*size, shape.out_channels)

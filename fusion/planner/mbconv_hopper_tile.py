@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import MBConvDownShape, MBConvShape
-from fusion.planner.processor import Processor, kilobytes
+from fusion.planner.processor import Processor, kilobytes, why_other_capability
 from fusion.planner.slabs import WIDEST, slab_widths
 from fusion.planner.tile import CHANNEL_MULTIPLE, KERNEL_DTYPES, MAX_REGISTERS
 
@@ -47,12 +47,8 @@ DEPTH_ELEMENTS = 16 * SWEEP
 """Weights of the expansion of a sweep, for 16 channels: a product's depth."""
 KERNEL_SIZE = 3
 """Of the convolution."""
-TAPS = 5
-"""Pieces of a thread's weights of the convolution, 16 bytes each."""
 TAPS_PIECE_ELEMENTS = 8 * 32 * WARPS
-"""Of a sweep."""
-TAPS_ELEMENTS = TAPS * TAPS_PIECE_ELEMENTS
-"""Of a sweep."""
+"""Of a piece of all threads' weights of the convolution (`taps_pieces`), 16 bytes each."""
 PRODUCT_CHANNELS = 256
 """Output channels that a product projects, at most."""
 PASS_REGISTERS = 160
@@ -354,20 +350,25 @@ def why_not_covering(tile: MBConvHopperTile, height: int, width: int) -> str | N
 
 def why_invalid(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor) -> str | None:
     """Why the kernel cannot, or should not, run `shape` with this tile on `processor`; None if it is valid."""
-    if processor.compute_capability != COMPUTE_CAPABILITY:
-        needed, found = (".".join(map(str, pair)) for pair in (COMPUTE_CAPABILITY, processor.compute_capability))
-        return f"it is for compute capability {needed}, {processor.name} has {found}"
-    general = why_unsupported(shape) or why_malformed(tile) or why_not_covering(tile, shape.height, shape.width)
+    general = (
+        why_other_capability(processor, COMPUTE_CAPABILITY)
+        or why_unsupported(shape)
+        or why_malformed(tile)
+        or why_not_covering(tile, shape.height, shape.width)
+    )
     if general:
         return general
-    registers = estimated_registers(tile, shape)
+    return why_no_room(estimated_registers(tile, shape), local_memory_bytes(tile, shape, processor), shape, processor)
+
+
+def why_no_room(registers: float, local: int, shape: MBConvShape | MBConvDownShape, processor: Processor) -> str | None:
+    """Why a program does not fit a thread's registers or a processor's local memory; None if it does."""
     if registers > MAX_REGISTERS:
         return (
             f"about {registers:.0f} registers a thread would spill, {MAX_REGISTERS} are available: expansion weights "
             f"of {shape.in_channels} channels, sums of {shape.out_channels} output channels and weights of "
             f"{shape.squeeze_channels} squeeze channels stay in registers"
         )
-    local = local_memory_bytes(tile, shape, processor)
     if local > processor.local_memory_bytes:
         return (
             f"input, hidden channels and weights of {kilobytes(local)} do not fit the "
@@ -393,7 +394,7 @@ def estimated_registers(tile: MBConvHopperTile, shape: MBConvShape) -> float:
     """32-bit registers a thread: of the expansion and the convolution, or of the projection."""
     depth = 16 * tile.depths(shape.in_channels)
     held = 12 * 3 if tile.bands == 1 else 8 * (tile.piece + 2)
-    produce = depth / 4 + 8 * tile.piece + held + 4 * TAPS + 24
+    produce = depth / 4 + 8 * tile.piece + held + 4 * taps_pieces(shape.kernel_size) + 24
     rows = tile.pixels(shape.width) // tile.passes(shape.width, shape.out_channels)
     divided = max(1, TILE_PIXELS * WARPS // rows)
     project = tile.sum_registers(shape.width, shape.out_channels)
@@ -417,7 +418,9 @@ def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processo
     streamed = 0 if is_resident(tile, shape) else 2 * tile.pixels(shape.width)
     # Of a hidden channel: rows of all matrices, and its pixels, which are written and read.
     elements = (
-        16 * tile.depths(shape.in_channels) + TAPS_ELEMENTS // SWEEP + 32 * tile.squeeze_depths(shape.squeeze_channels)
+        16 * tile.depths(shape.in_channels)
+        + taps_pieces(shape.kernel_size) * TAPS_PIECE_ELEMENTS // SWEEP
+        + 32 * tile.squeeze_depths(shape.squeeze_channels)
     )
     elements += passes * sum(tile.out_slabs(shape.out_channels)) + streamed
     l2_us = ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP * elements / BYTES_PER_US

@@ -33,10 +33,11 @@ from fusion.planner.mbconv_hopper_tile import (
     WARPS,
     SweptChannels,
     taps_pieces,
+    why_no_room,
 )
-from fusion.planner.processor import Processor, kilobytes
+from fusion.planner.processor import Processor, why_other_capability
 from fusion.planner.slabs import slab_widths
-from fusion.planner.tile import MAX_IMAGE_ELEMENTS, MAX_REGISTERS
+from fusion.planner.tile import MAX_IMAGE_ELEMENTS
 
 MIN_PIECES = 2
 PASS_TILES = (8, 16)
@@ -254,26 +255,10 @@ def why_malformed(tile: WindowsTile) -> str | None:
 
 def why_invalid(tile: WindowsTile, shape: MBConvShape | MBConvDownShape, processor: Processor) -> str | None:
     """Why the kernel cannot, or should not, run `shape` with this tile on `processor`; None if it is valid."""
-    if processor.compute_capability != COMPUTE_CAPABILITY:
-        needed, found = (".".join(map(str, pair)) for pair in (COMPUTE_CAPABILITY, processor.compute_capability))
-        return f"it is for compute capability {needed}, {processor.name} has {found}"
-    general = why_unsupported(shape) or why_malformed(tile)
+    general = why_other_capability(processor, COMPUTE_CAPABILITY) or why_unsupported(shape) or why_malformed(tile)
     if general:
         return general
-    registers = estimated_registers(tile, shape)
-    if registers > MAX_REGISTERS:
-        return (
-            f"about {registers:.0f} registers a thread would spill, {MAX_REGISTERS} are available: expansion weights "
-            f"of {shape.in_channels} channels, sums of {shape.out_channels} output channels and weights of "
-            f"{shape.squeeze_channels} squeeze channels stay in registers"
-        )
-    local = local_memory_bytes(tile, shape, processor)
-    if local > processor.local_memory_bytes:
-        return (
-            f"input, hidden channels and weights of {kilobytes(local)} do not fit the "
-            f"{kilobytes(processor.local_memory_bytes)} of local memory that {processor.name} has"
-        )
-    return None
+    return why_no_room(estimated_registers(tile, shape), local_memory_bytes(tile, shape, processor), shape, processor)
 
 
 def why_none(shape: MBConvShape | MBConvDownShape, processor: Processor) -> str | None:

@@ -149,3 +149,11 @@ def get_processor(processor: str | Processor) -> Processor:
 def kilobytes(size: int) -> str:
     """A size in bytes, for people."""
     return f"{size / 1024:.0f} KB"
+
+
+def why_other_capability(processor: Processor, compute_capability: tuple[int, int]) -> str | None:
+    """Why a kernel for this compute capability does not run on a processor; None if it does."""
+    if processor.compute_capability == compute_capability:
+        return None
+    needed, found = (".".join(map(str, pair)) for pair in (compute_capability, processor.compute_capability))
+    return f"it is for compute capability {needed}, {processor.name} has {found}"

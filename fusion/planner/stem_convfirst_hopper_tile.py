@@ -28,7 +28,7 @@ from fusion.planner.hopper_tile import (
 )
 from fusion.planner.hopper_tile import why_malformed as why_malformed_rows
 from fusion.planner.match import ConvFirstShape, StemConvFirstShape
-from fusion.planner.processor import Processor, kilobytes
+from fusion.planner.processor import Processor, kilobytes, why_other_capability
 from fusion.planner.slabs import WIDEST
 from fusion.planner.stem_tile import KERNEL_SIZE, Window, window
 from fusion.planner.tile import WARP_SIZE
@@ -147,10 +147,11 @@ def why_malformed(tile: StemConvFirstHopperTile, stem_channels: int, hidden_chan
 
 def why_invalid(tile: StemConvFirstHopperTile, shape: StemConvFirstShape, processor: Processor) -> str | None:
     """Why the kernel cannot, or should not, run `shape` with this tile on `processor`; None if it is valid."""
-    if processor.compute_capability != COMPUTE_CAPABILITY:
-        needed, found = (".".join(map(str, pair)) for pair in (COMPUTE_CAPABILITY, processor.compute_capability))
-        return f"it is for compute capability {needed}, {processor.name} has {found}"
-    general = why_unsupported(shape) or why_malformed(tile, shape.stem_channels, shape.hidden_channels)
+    general = (
+        why_other_capability(processor, COMPUTE_CAPABILITY)
+        or why_unsupported(shape)
+        or why_malformed(tile, shape.stem_channels, shape.hidden_channels)
+    )
     if general:
         return general
     work = tile.block.work(shape.batch, shape.out_height, WIDTH, processor.processors)

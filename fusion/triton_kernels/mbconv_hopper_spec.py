@@ -10,13 +10,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fusion.planner import mbconv_hopper_tile as planned
 from fusion.planner.mbconv_hopper_tile import (
+    KERNEL_SIZE,
     LANES,
     ROWS,
     SWEEP,
-    TAPS,
-    TAPS_ELEMENTS,
+    TAPS_PIECE_ELEMENTS,
     TILE_PIXELS,
     MBConvHopperTile,
+    taps_pieces,
 )
 
 WARPS = gl.constexpr(planned.WARPS)
@@ -147,11 +148,11 @@ class Spec:
     @property
     def taps_elements(self) -> int:
         """Of a sweep."""
-        return TAPS_ELEMENTS
+        return self.taps * TAPS_PIECE_ELEMENTS
 
     @property
     def taps(self) -> int:
-        return TAPS
+        return taps_pieces(KERNEL_SIZE)
 
     @property
     def weight_rows(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
-from fusion.planner.mbconv_hopper_tile import ROWS, TAPS_PIECE_ELEMENTS, WARPS, taps_pieces
+from fusion.planner.mbconv_hopper_tile import ROWS, WARPS, taps_pieces
 from fusion.planner.mbconv_windows_hopper_tile import WindowsTile, row_pairs
 from fusion.triton_kernels.mbconv_hopper_room import RoomSpec
 from fusion.triton_kernels.mbconv_hopper_spec import Spec
@@ -21,10 +21,6 @@ class WindowSpec(Spec):
     @property
     def taps(self) -> int:
         return taps_pieces(self.kernel_size)
-
-    @property
-    def taps_elements(self) -> int:
-        return self.taps * TAPS_PIECE_ELEMENTS
 
     @property
     def exact(self) -> bool:

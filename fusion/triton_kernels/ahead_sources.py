@@ -78,6 +78,7 @@ from fusion.triton_kernels import (
     stem_convfirst_hopper,
 )
 from fusion.triton_kernels.hopper_layouts import box_layout, flat_layout, planes_layout
+from fusion.triton_kernels.mbconv_hopper_launch import descriptor_boxes
 
 ELEMENT = "element"
 """What a pointer points to that is of the block's dtype."""
@@ -185,7 +186,7 @@ def _ffn_hopper(shape: FfnShape, tile: FfnTile) -> dict[str, Source]:
 def _mbconv_hopper(shape: MBConvShape, tile: MBConvHopperTile) -> dict[str, Source]:
     sizes = shape.height, shape.width, *_channels(shape), shape.squeeze_channels
     spec = mbconv_hopper.constants(*sizes, **options_of(shape), tile=tile)
-    boxes = mbconv_hopper.descriptor_boxes(spec)
+    boxes = descriptor_boxes(spec)
     return {"mbconv_hopper": _image_source(mbconv_hopper.mbconv_hopper_kernel, {"S": spec}, boxes)}
 
 
@@ -194,7 +195,7 @@ def _mbconv_windows_hopper(shape: MBConvShape | MBConvDownShape, tile: WindowsTi
     options = {"residual": False, **options_of(shape)}
     options.pop("blur", None)
     spec = mbconv_windows_hopper.constants(*sizes, kernel_size=shape.kernel_size, **options, tile=tile)
-    boxes = mbconv_hopper.descriptor_boxes(spec.projected)
+    boxes = descriptor_boxes(spec.projected)
     kernel = mbconv_windows_hopper.mbconv_windows_hopper_kernel
     return {"mbconv_windows_hopper": _image_source(kernel, {"D": spec}, boxes)}
 
@@ -202,7 +203,7 @@ def _mbconv_windows_hopper(shape: MBConvShape | MBConvDownShape, tile: WindowsTi
 def _mbconv_down_hopper(shape: MBConvDownShape, tile: MBConvDownHopperTile) -> dict[str, Source]:
     sizes = shape.height, shape.width, *_channels(shape), shape.squeeze_channels
     spec = mbconv_down_hopper.constants(*sizes, **options_of(shape), tile=tile)
-    boxes = mbconv_hopper.descriptor_boxes(spec.projected)
+    boxes = descriptor_boxes(spec.projected)
     kernel = mbconv_down_hopper.mbconv_down_hopper_kernel
     return {"mbconv_down_hopper": _image_source(kernel, {"D": spec}, boxes)}
 

@@ -23,25 +23,22 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from fusion.planner.mbconv_down_hopper_tile import MBConvDownHopperTile
-from fusion.relaunch import launch_kernel, scratch
 from fusion.triton_kernels.hopper_layouts import plain_layout
 from fusion.triton_kernels.hopper_parts import (
     fence_async_global,
     fixed,
-    processor_count,
     slab_start,
     wait_for_previous_kernel,
 )
 from fusion.triton_kernels.mbconv_down_hopper_produce import produce
 from fusion.triton_kernels.mbconv_down_hopper_spec import constants
 from fusion.triton_kernels.mbconv_hopper import (
-    descriptor_boxes,
     new_bias_input,
     new_hidden,
     pixels_of,
-    rows_descriptor,
 )
 from fusion.triton_kernels.mbconv_hopper_gates import excite
+from fusion.triton_kernels.mbconv_hopper_launch import launch_images
 from fusion.triton_kernels.mbconv_hopper_produce import load_left
 from fusion.triton_kernels.mbconv_hopper_project import (
     expect_hidden,
@@ -51,7 +48,7 @@ from fusion.triton_kernels.mbconv_hopper_project import (
     project,
 )
 from fusion.triton_kernels.mbconv_hopper_room import inputs_of, new_room, outputs_of, weights_of
-from fusion.triton_kernels.mbconv_hopper_spec import PRODUCT_WIDTHS, TILE, WARPS, copy_layout, new_barriers
+from fusion.triton_kernels.mbconv_hopper_spec import TILE, copy_layout, new_barriers
 
 
 @gluon.jit
@@ -220,36 +217,25 @@ def launch(
     all use one workspace. The kernel reads weights before the kernel ahead of it in the stream has finished: that one
     must not be what writes them. Nothing is checked here.
     """
-    batch, in_channels, height, width = x.shape
+    _, in_channels, height, width = x.shape
     channels = in_channels, hidden_channels, out.shape[1], squeeze_channels
     options = {"activation": activation, "squeeze_activation": squeeze_activation, "blur": blur, "tile": tile}
     spec = constants(height, width, *channels, **options)
-    programs = min(batch, processor_count(x.device.index))
-    # Hidden channels that stay in shared memory need no workspace: then the kernel does not touch what stands for it.
-    shape = (programs, tile.workspace_elements(height, width, hidden_channels))
-    workspace = out if spec.projected.resident else scratch(x, shape)
-    boxes = descriptor_boxes(spec.projected)
-    rows = {"hidden_desc": workspace, **{f"v{width}_desc": project for width in PRODUCT_WIDTHS}}
-    descriptors = {name: rows_descriptor(tensor, boxes.get(name)) for name, tensor in rows.items()}
-    for first in range(0, batch, programs):
-        images = slice(first, first + programs)
-        launch_kernel(
-            mbconv_down_hopper_kernel,
-            (len(x[images]),),
-            x_ptr=x[images],
-            out_ptr=out[images],
-            **descriptors,
-            expand_ptr=expand.view(torch.int32),
-            taps_ptr=taps,
-            conv_bias_ptr=conv_bias,
-            squeeze_ptr=squeeze.view(torch.int32),
-            squeeze_bias_ptr=squeeze_bias,
-            excite_ptr=excite.view(torch.int32),
-            excite_bias_ptr=excite_bias,
-            project_bias_ptr=project_bias,
-            workspace_ptr=workspace,
-            pieces=tile.pieces(height, width),
-            D=spec,
-            num_warps=WARPS.value,
-            launch_pdl=True,
-        )
+    launch_images(
+        mbconv_down_hopper_kernel,
+        x,
+        expand,
+        taps,
+        conv_bias,
+        squeeze,
+        squeeze_bias,
+        excite,
+        excite_bias,
+        project,
+        project_bias,
+        out,
+        projected=spec.projected,
+        workspace_elements=tile.workspace_elements(height, width, hidden_channels),
+        pieces=tile.pieces(height, width),
+        D=spec,
+    )

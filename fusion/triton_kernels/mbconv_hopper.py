@@ -25,23 +25,20 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusion.planner import mbconv_hopper_tile as planned
 from fusion.planner import slabs
 from fusion.planner.mbconv_hopper_tile import MBConvHopperTile
-from fusion.relaunch import launch_kernel, scratch
 from fusion.triton_kernels.hopper_layouts import flat_layout, plain_layout, rows_layout
 from fusion.triton_kernels.hopper_parts import (
     fence_async_global,
     fixed,
-    processor_count,
     slab_start,
     wait_for_previous_kernel,
     zeros,
 )
 from fusion.triton_kernels.mbconv_hopper_gates import excite
 from fusion.triton_kernels.mbconv_hopper_half import produce_half
+from fusion.triton_kernels.mbconv_hopper_launch import launch_images
 from fusion.triton_kernels.mbconv_hopper_produce import load_left, produce
 from fusion.triton_kernels.mbconv_hopper_project import (
     expect_hidden,
@@ -52,11 +49,9 @@ from fusion.triton_kernels.mbconv_hopper_project import (
 )
 from fusion.triton_kernels.mbconv_hopper_spec import (
     BIAS,
-    PRODUCT_WIDTHS,
     TILE,
     UNIT,
     WARPS,
-    Spec,
     constants,
     copy_layout,
     new_barriers,
@@ -273,12 +268,6 @@ def mbconv_hopper_kernel(
     store_output(out_ptr, outs, image, S)
 
 
-def descriptor_boxes(spec: Spec) -> dict[str, list[int]]:
-    """What one copy by TMA brings: the box of every descriptor that the kernel needs, by the argument's name."""
-    boxes = {f"v{width}_desc": [spec.step * width // 64, 64] for width in spec.products}
-    return boxes if spec.resident else boxes | {"hidden_desc": [spec.hidden_rows, 64]}
-
-
 def launch(
     x: torch.Tensor,
     expand: torch.Tensor,
@@ -306,7 +295,7 @@ def launch(
     workspace. The kernel reads weights and biases before the kernel ahead of it in the stream has finished: that one
     must not be what writes them. Nothing is checked here.
     """
-    batch, in_channels, height, width = x.shape
+    _, in_channels, height, width = x.shape
     spec = constants(
         height,
         width,
@@ -319,40 +308,22 @@ def launch(
         residual=residual,
         tile=tile,
     )
-    programs = min(batch, processor_count(x.device.index))
-    # Hidden channels that stay in shared memory need no workspace: then the kernel does not touch what stands for it.
-    shape = (programs, tile.workspace_elements(width, hidden_channels))
-    workspace = out if spec.resident else scratch(x, shape)
-    boxes = descriptor_boxes(spec)
-    rows = {"hidden_desc": workspace, **{f"v{width}_desc": project for width in PRODUCT_WIDTHS}}
-    descriptors = {name: rows_descriptor(tensor, boxes.get(name)) for name, tensor in rows.items()}
-    for first in range(0, batch, programs):
-        images = slice(first, first + programs)
-        launch_kernel(
-            mbconv_hopper_kernel,
-            (len(x[images]),),
-            x_ptr=x[images],
-            out_ptr=out[images],
-            **descriptors,
-            expand_ptr=expand.view(torch.int32),
-            taps_ptr=taps,
-            conv_bias_ptr=conv_bias,
-            squeeze_ptr=squeeze.view(torch.int32),
-            squeeze_bias_ptr=squeeze_bias,
-            excite_ptr=excite.view(torch.int32),
-            excite_bias_ptr=excite_bias,
-            project_bias_ptr=project_bias,
-            workspace_ptr=workspace,
-            blocks=len(expand),
-            pieces=spec.columns // spec.piece,
-            S=spec,
-            num_warps=planned.WARPS,
-            launch_pdl=True,
-        )
-
-
-def rows_descriptor(tensor: torch.Tensor, box: list[int] | None) -> TensorDescriptor | None:
-    """Of rows of 64 elements; None without a box."""
-    if box is None:
-        return None
-    return TensorDescriptor(tensor, [tensor.numel() // 64, 64], [64, 1], box, flat_layout())
+    launch_images(
+        mbconv_hopper_kernel,
+        x,
+        expand,
+        taps,
+        conv_bias,
+        squeeze,
+        squeeze_bias,
+        excite,
+        excite_bias,
+        project,
+        project_bias,
+        out,
+        projected=spec,
+        workspace_elements=tile.workspace_elements(width, hidden_channels),
+        blocks=len(expand),
+        pieces=spec.columns // spec.piece,
+        S=spec,
+    )

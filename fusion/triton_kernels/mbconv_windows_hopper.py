@@ -23,24 +23,21 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from fusion.mbconv_hopper_weights import kernel_size_of
 from fusion.planner import mbconv_hopper_tile
 from fusion.planner.mbconv_windows_hopper_tile import WindowsTile
-from fusion.relaunch import launch_kernel, scratch
 from fusion.triton_kernels.hopper_layouts import plain_layout
 from fusion.triton_kernels.hopper_parts import (
     fence_async_global,
     fixed,
-    processor_count,
     slab_start,
     wait_for_previous_kernel,
     zeros,
 )
 from fusion.triton_kernels.mbconv_hopper import (
-    descriptor_boxes,
     new_bias_input,
     new_hidden,
     pixels_of,
-    rows_descriptor,
 )
 from fusion.triton_kernels.mbconv_hopper_gates import excite
+from fusion.triton_kernels.mbconv_hopper_launch import launch_images
 from fusion.triton_kernels.mbconv_hopper_produce import load_left
 from fusion.triton_kernels.mbconv_hopper_project import (
     expect_hidden,
@@ -52,9 +49,7 @@ from fusion.triton_kernels.mbconv_hopper_project import (
 from fusion.triton_kernels.mbconv_hopper_room import inputs_of, new_room, outputs_of, weights_of
 from fusion.triton_kernels.mbconv_hopper_spec import (
     HIDDEN,
-    PRODUCT_WIDTHS,
     TILE,
-    WARPS,
     copy_layout,
     new_barriers,
     tile_layout,
@@ -261,7 +256,7 @@ def launch(
     The kernel reads weights before the kernel ahead of it in the stream has finished: that one must not be what writes
     them. Nothing is checked here; `blur` must be false.
     """
-    batch, in_channels, height, width = x.shape
+    _, in_channels, height, width = x.shape
     kernel_size = kernel_size_of(taps)
     spec = constants(
         height,
@@ -276,32 +271,23 @@ def launch(
         residual=residual,
         tile=tile,
     )
-    programs = min(batch, processor_count(x.device.index))
-    workspace = scratch(x, (programs, tile.workspace_elements(height, width, hidden_channels)))
-    boxes = descriptor_boxes(spec.projected)
-    rows = {"hidden_desc": workspace, **{f"v{width}_desc": project for width in PRODUCT_WIDTHS}}
-    descriptors = {name: rows_descriptor(tensor, boxes.get(name)) for name, tensor in rows.items()}
-    for first in range(0, batch, programs):
-        images = slice(first, first + programs)
-        launch_kernel(
-            mbconv_windows_hopper_kernel,
-            (len(x[images]),),
-            x_ptr=x[images],
-            out_ptr=out[images],
-            **descriptors,
-            expand_ptr=expand.view(torch.int32),
-            taps_ptr=taps,
-            conv_bias_ptr=conv_bias,
-            squeeze_ptr=squeeze.view(torch.int32),
-            squeeze_bias_ptr=squeeze_bias,
-            excite_ptr=excite.view(torch.int32),
-            excite_bias_ptr=excite_bias,
-            project_bias_ptr=project_bias,
-            workspace_ptr=workspace,
-            windows=tile.windows(height, kernel_size),
-            pieces=tile.columns(width) // tile.piece,
-            passes=tile.passes(height, width),
-            D=spec,
-            num_warps=WARPS.value,
-            launch_pdl=True,
-        )
+    launch_images(
+        mbconv_windows_hopper_kernel,
+        x,
+        expand,
+        taps,
+        conv_bias,
+        squeeze,
+        squeeze_bias,
+        excite,
+        excite_bias,
+        project,
+        project_bias,
+        out,
+        projected=spec.projected,
+        workspace_elements=tile.workspace_elements(height, width, hidden_channels),
+        windows=tile.windows(height, kernel_size),
+        pieces=tile.columns(width) // tile.piece,
+        passes=tile.passes(height, width),
+        D=spec,
+    )

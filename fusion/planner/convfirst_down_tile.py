@@ -29,6 +29,7 @@ from fusion.planner.tile import (
     VIEW_SHARE,
     WARP_SIZE,
     WIDEST_OUTPUT_SLAB,
+    warpgroups_share_rows,
 )
 
 TAPS = 25
@@ -163,13 +164,21 @@ def why_none(shape: ConvFirstDownShape, processor: Processor) -> str | None:
 def local_memory_bytes(tile: ConvFirstDownTile, shape: ConvFirstDownShape, processor: Processor) -> int:
     """Shared memory of a program, in bytes: the operands in flight of the hungrier of its two loops.
 
-    Where products accumulate in tensor memory, the operands that other processors keep in registers come on top.
+    Where products accumulate in tensor memory, or warpgroups share rows, operands that are in registers elsewhere come
+    on top.
     """
+    size = ELEMENT_SIZE[shape.dtype]
     widest = max(tile.in_slabs(shape.in_channels))
     conv = tile.conv_stages * widest * (tile.pixels + 2 * widest)
     ffn = tile.ffn_stages * tile.hidden * _expanded_and_out(tile, shape)
-    operands = tile.pixels * (2 * sum(tile.in_slabs(shape.in_channels)) + tile.hidden)
-    return ELEMENT_SIZE[shape.dtype] * (max(conv, ffn) + (operands if _uses_tensor_memory(tile, processor) else 0))
+    convolved = 2 * tile.pixels * sum(tile.in_slabs(shape.in_channels))
+    if _uses_tensor_memory(tile, processor):
+        operands = convolved + tile.pixels * tile.hidden
+    elif warpgroups_share_rows(tile.pixels, tile.warps, processor):
+        operands = convolved
+    else:
+        operands = 0
+    return size * (max(conv, ffn) + operands)
 
 
 def tensor_memory_columns(tile: ConvFirstDownTile, shape: ConvFirstDownShape, processor: Processor) -> int:

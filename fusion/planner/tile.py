@@ -29,6 +29,9 @@ SPILL_ALLOWANCE = 1.6
 """Estimated registers over available ones up to which a tile is worth trying: the estimate leaves out what the
 compiler keeps in shared memory, and a few spills outside of the loops cost little."""
 WARP_SIZE = 32
+WARPGROUP = 4
+WARPGROUP_ROWS = 64
+"""Of a product on Hopper, which a warpgroup of four warps has at least. Smaller ones run as on older processors."""
 MAX_WARPS_PER_PROCESSOR = 64
 TENSOR_MEMORY_COLUMNS = 512
 TENSOR_MEMORY_LANES = 128
@@ -160,14 +163,27 @@ def why_none(shape: ConvFirstShape, processor: Processor) -> str | None:
 def local_memory_bytes(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> int:
     """Shared memory of a program, in bytes: the operands in flight of the hungrier of its two loops.
 
-    Where products accumulate in tensor memory, the operands that other processors keep in registers come on top.
+    Where products accumulate in tensor memory, or warpgroups share rows, operands that are in registers elsewhere come
+    on top.
     """
     size = ELEMENT_SIZE[shape.dtype]
     widest = max(tile.in_slabs(shape.in_channels))
     conv = tile.conv_stages * widest * (tile.pixels + widest)
     ffn = tile.ffn_stages * tile.hidden * _padded_in_and_out(tile, shape)
-    operands = tile.pixels * (sum(tile.in_slabs(shape.in_channels)) + tile.hidden)
-    return size * (max(conv, ffn) + (operands if _uses_tensor_memory(tile, processor) else 0))
+    convolved = tile.pixels * sum(tile.in_slabs(shape.in_channels))
+    if _uses_tensor_memory(tile, processor):
+        operands = convolved + tile.pixels * tile.hidden
+    elif warpgroups_share_rows(tile.pixels, tile.warps, processor):
+        operands = convolved
+    else:
+        operands = 0
+    return size * (max(conv, ffn) + operands)
+
+
+def warpgroups_share_rows(pixels: int, warps: int, processor: Processor) -> bool:
+    """Whether Hopper's products have too few rows for their warps: warpgroups then have columns of the same rows, and
+    read the left operand, which each would keep in registers otherwise, from shared memory."""
+    return processor.compute_capability[0] == 9 and WARPGROUP_ROWS <= pixels < warps * WARPGROUP_ROWS // WARPGROUP
 
 
 def tensor_memory_columns(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> int:

@@ -136,6 +136,16 @@ def test_memories_by_hand():
     assert programs_per_processor(replace(TILE, conv_stages=16), SHAPE, H200) == 1
 
 
+def test_operands_where_warpgroups_share_rows():
+    """64 pixels are the rows of one of Hopper's warpgroups: with two of them blurred input and convolution are in
+    shared memory."""
+    shape = ConvFirstDownShape(8, 14, 14, 144, 288, 96, 8, "relu", "float16")
+    one, two = ConvFirstDownTile(64, 128, 64, 4, 4, 2), ConvFirstDownTile(64, 128, 64, 8, 4, 2)
+    assert local_memory_bytes(two, shape, H200) == local_memory_bytes(one, shape, H200) + 2 * 64 * 2 * 144
+    assert why_invalid(one, shape, H200) is None
+    assert why_invalid(two, shape, H200) == "233472 bytes of local memory are more than h200 has, 232448"
+
+
 def test_tensor_memory():
     """Where sums are in tensor memory, operands are in shared memory."""
     b200, wide = PROCESSORS["b200"], ConvFirstDownTile(256, 32, 32, 8)

@@ -120,6 +120,21 @@ def test_memories_by_hand():
     assert programs_per_processor(replace(TILE, conv_stages=9), SHAPE, H200) == 1
 
 
+def test_operands_where_warpgroups_share_rows():
+    """64 pixels are the rows of one of Hopper's warpgroups: with two of them the convolution's result is in shared
+    memory, for which 256 channels in steps of 64 leave no room with pipelines of four stages."""
+    one, two, h100 = ConvFirstTile(8, 8, 64, 64, 4), ConvFirstTile(8, 8, 64, 64, 8), PROCESSORS["h100"]
+    for processor in (H200, h100):
+        assert local_memory_bytes(two, SHAPE, processor) == local_memory_bytes(one, SHAPE, processor) + 2 * 64 * 64
+    for tile, processor in ((replace(two, height=16), H200), (replace(two, height=4), H200), (two, PROCESSORS["a100"])):
+        assert local_memory_bytes(tile, SHAPE, processor) == local_memory_bytes(
+            replace(tile, warps=4), SHAPE, processor
+        )
+    wide = block(208, 2, 14)
+    assert why_invalid(replace(one, ffn_stages=4), wide, H200) is None
+    assert "bytes of local memory are more than" in why_invalid(replace(two, ffn_stages=4), wide, H200)
+
+
 def test_tensor_memory():
     """Where sums are in tensor memory, operands are in shared memory. 704 columns were asked for by the wide tile."""
     b200, wide = PROCESSORS["b200"], ConvFirstTile(16, 16, 64, 16, 8)

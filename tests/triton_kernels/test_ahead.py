@@ -126,6 +126,31 @@ def test_other_activations_take_the_place_of_relu(activation):
     assert other.shared_bytes == relu.shared_bytes and other.registers <= 1.3 * relu.registers, other
 
 
+@pytest.mark.parametrize(
+    "tile, channels, share",
+    [
+        (ConvFirstTile(8, 8, 32, 16, 4, 2, 2), 200, False),
+        (ConvFirstTile(8, 8, 32, 16, 8, 2, 2), 200, True),
+        (ConvFirstTile(8, 8, 128, 64, 8, 3, 3), 64, True),
+        (ConvFirstDownTile(64, 32, 16, 4, 3, 3), 128, False),
+        (ConvFirstDownTile(64, 32, 16, 8, 3, 3), 128, True),
+        (ConvFirstDownTile(64, 16, 64, 8, 5, 3), 128, True),
+    ],
+    ids=str,
+)
+def test_memory_where_warpgroups_share_rows(tile, channels, share):
+    """There the convolution's result is in shared memory, beside the operands of the loops."""
+    is_down = isinstance(tile, ConvFirstDownTile)
+    graph = convfirst(8, 14, 14, channels, 2, out_channels=2 * channels, stride=2 if is_down else 1)
+    shape = (match_convfirst_down if is_down else match_convfirst)(graph)
+    memory = convfirst_down_tile.local_memory_bytes if is_down else local_memory_bytes
+    (row,) = compiling(compile_block, shape, tile).values()
+    estimate, elsewhere = (memory(tile, shape, PROCESSORS[name]) for name in ("h200", "a100"))
+    convolved = 2 * tile.pixels * sum(tile.in_slabs(channels)) * (2 if is_down else 1)
+    assert estimate - elsewhere == (convolved if share else 0)
+    assert estimate - (convolved // 2 if share else 0) <= row.shared_bytes <= estimate + ALIGNMENT_BYTES, row
+
+
 def test_resources_of_a_convolution_of_stride_2():
     """Those of the same block with stride 1: as many products and copies, and nothing spills."""
     options = ["--activation", "silu", "--tile", ",".join(map(str, TILE.to_ints()))]

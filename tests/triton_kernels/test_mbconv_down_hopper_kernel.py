@@ -20,7 +20,7 @@ from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
 from fusion.reference import mbconv_down
 from fusion.relaunch import scratch
-from fusion.triton_kernels import mbconv_down_hopper
+from fusion.triton_kernels import mbconv_hopper_launch
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
@@ -259,7 +259,7 @@ def workspaces(monkeypatch):
         sizes.append(prod(shape))
         return scratch(like, shape, dtype).fill_(float("nan"))
 
-    monkeypatch.setattr(mbconv_down_hopper, "scratch", poisoned)
+    monkeypatch.setattr(mbconv_hopper_launch, "scratch", poisoned)
     return sizes
 
 
@@ -342,7 +342,7 @@ def test_who_computes_an_image_changes_no_bit(case, random_mbconv_weights, monke
     together = run_kernel(x, weights, case)
     alone = [run_kernel(x[index : index + 1], weights, case) for index in range(case.batch)]
     assert torch.equal(together, torch.cat(alone))
-    monkeypatch.setattr(mbconv_down_hopper, "processor_count", lambda device: FEW_PROCESSORS)
+    monkeypatch.setattr(mbconv_hopper_launch, "processor_count", lambda device: FEW_PROCESSORS)
     assert case.batch > 2 * FEW_PROCESSORS
     for _ in range(3):
         assert torch.equal(run_kernel(x, weights, case), together)
@@ -350,7 +350,7 @@ def test_who_computes_an_image_changes_no_bit(case, random_mbconv_weights, monke
 
 @pytest.mark.parametrize("case", [*(case for case in CASES if not case.planned.resident), CASES[0]], ids=str)
 def test_reads_nothing_of_the_workspace_that_it_has_not_written(case, random_mbconv_weights, workspaces, monkeypatch):
-    monkeypatch.setattr(mbconv_down_hopper, "processor_count", lambda device: FEW_PROCESSORS)
+    monkeypatch.setattr(mbconv_hopper_launch, "processor_count", lambda device: FEW_PROCESSORS)
     weights, x = case.weights(random_mbconv_weights), case.input()
     packed, out = kernels.pack(weights, case.planned, x.dtype, x.device), empty_output(x, weights.out_channels)
     workspaces.clear()
@@ -399,7 +399,7 @@ NEIGHBOUR_CASES = [
 @pytest.mark.parametrize("case", NEIGHBOUR_CASES, ids=str)
 def test_an_image_does_not_change_its_neighbours(case, activation, random_mbconv_weights, monkeypatch):
     """Not by what it leaves in the workspace either, whatever is in one of them."""
-    monkeypatch.setattr(mbconv_down_hopper, "processor_count", lambda device: FEW_PROCESSORS)
+    monkeypatch.setattr(mbconv_hopper_launch, "processor_count", lambda device: FEW_PROCESSORS)
     case = replace(case, activation=activation)
     weights, x = case.weights(random_mbconv_weights), case.input()
     expected = run_kernel(x, weights, case)

@@ -20,7 +20,7 @@ from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
 from fusion.reference import mbconv
 from fusion.relaunch import scratch
-from fusion.triton_kernels import mbconv_windows_hopper
+from fusion.triton_kernels import mbconv_hopper_launch
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
@@ -171,7 +171,7 @@ def check(case, random_mbconv_weights, assert_within_rule):
 
 @pytest.fixture
 def few_processors(monkeypatch):
-    monkeypatch.setattr(mbconv_windows_hopper, "processor_count", lambda device: FEW_PROCESSORS)
+    monkeypatch.setattr(mbconv_hopper_launch, "processor_count", lambda device: FEW_PROCESSORS)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def workspaces(monkeypatch):
         sizes.append(prod(shape))
         return scratch(like, shape, dtype).fill_(float("nan"))
 
-    monkeypatch.setattr(mbconv_windows_hopper, "scratch", poisoned)
+    monkeypatch.setattr(mbconv_hopper_launch, "scratch", poisoned)
     return sizes
 
 
@@ -258,7 +258,7 @@ def test_who_computes_an_image_changes_no_bit(case, random_mbconv_weights, monke
     together = run_kernel(x, weights, case)
     alone = [run_kernel(x[index : index + 1], weights, case) for index in range(case.batch)]
     assert torch.equal(together, torch.cat(alone))
-    monkeypatch.setattr(mbconv_windows_hopper, "processor_count", lambda device: FEW_PROCESSORS)
+    monkeypatch.setattr(mbconv_hopper_launch, "processor_count", lambda device: FEW_PROCESSORS)
     assert case.batch > 2 * FEW_PROCESSORS
     for _ in range(3):
         assert torch.equal(run_kernel(x, weights, case), together)
@@ -285,7 +285,7 @@ def same_memory(monkeypatch):
     def shared(like, shape, dtype=None):
         return memory.view(dtype or like.dtype)[: prod(shape)].view(shape)
 
-    monkeypatch.setattr(mbconv_windows_hopper, "scratch", shared)
+    monkeypatch.setattr(mbconv_hopper_launch, "scratch", shared)
 
 
 @pytest.mark.parametrize("large", [float("nan"), float("inf"), 1.0], ids=str)

@@ -29,7 +29,8 @@ from fusion.planner.tile import (
     VIEW_SHARE,
     WARP_SIZE,
     WIDEST_OUTPUT_SLAB,
-    warpgroups_share_rows,
+    operands_in_memory,
+    uses_tensor_memory,
 )
 
 TAPS = 25
@@ -164,26 +165,19 @@ def why_none(shape: ConvFirstDownShape, processor: Processor) -> str | None:
 def local_memory_bytes(tile: ConvFirstDownTile, shape: ConvFirstDownShape, processor: Processor) -> int:
     """Shared memory of a program, in bytes: the operands in flight of the hungrier of its two loops.
 
-    Where products accumulate in tensor memory, or warpgroups share rows, operands that are in registers elsewhere come
-    on top.
+    Operands come on top that only some processors have there (`operands_in_memory`).
     """
-    size = ELEMENT_SIZE[shape.dtype]
     widest = max(tile.in_slabs(shape.in_channels))
     conv = tile.conv_stages * widest * (tile.pixels + 2 * widest)
     ffn = tile.ffn_stages * tile.hidden * _expanded_and_out(tile, shape)
-    convolved = 2 * tile.pixels * sum(tile.in_slabs(shape.in_channels))
-    if _uses_tensor_memory(tile, processor):
-        operands = convolved + tile.pixels * tile.hidden
-    elif warpgroups_share_rows(tile.pixels, tile.warps, processor):
-        operands = convolved
-    else:
-        operands = 0
-    return size * (max(conv, ffn) + operands)
+    convolved = 2 * sum(tile.in_slabs(shape.in_channels))
+    operands = operands_in_memory(tile.pixels, tile.warps, convolved, tile.hidden, processor)
+    return ELEMENT_SIZE[shape.dtype] * (max(conv, ffn) + operands)
 
 
 def tensor_memory_columns(tile: ConvFirstDownTile, shape: ConvFirstDownShape, processor: Processor) -> int:
     """Upper bound on the columns of tensor memory that a program's sums take; 0 where registers hold them."""
-    if not _uses_tensor_memory(tile, processor):
+    if not uses_tensor_memory(tile.pixels, tile.warps, processor):
         return 0
     slabs = tile.in_slabs(shape.in_channels)
     columns = _expanded_and_out(tile, shape) + len(slabs) * tile.hidden
@@ -249,8 +243,3 @@ def candidate_tiles(shape: ConvFirstDownShape, processor: Processor) -> Iterator
 
 def _expanded_and_out(tile: ConvFirstDownTile, shape: ConvFirstDownShape) -> int:
     return 2 * sum(tile.in_slabs(shape.in_channels)) + sum(tile.out_slabs(shape.out_channels))
-
-
-def _uses_tensor_memory(tile: ConvFirstDownTile, processor: Processor) -> bool:
-    # Its products take four warps and 64 rows at least; smaller ones run as before.
-    return processor.compute_capability[0] == 10 and tile.warps >= 4 and tile.pixels >= 64

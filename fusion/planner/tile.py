@@ -31,7 +31,7 @@ compiler keeps in shared memory, and a few spills outside of the loops cost litt
 WARP_SIZE = 32
 WARPGROUP = 4
 WARPGROUP_ROWS = 64
-"""Of a product on Hopper, which a warpgroup of four warps has at least. Smaller ones run as on older processors."""
+"""Of a product on Hopper and later, which a warpgroup of four warps has at least. Smaller ones run as before."""
 MAX_WARPS_PER_PROCESSOR = 64
 TENSOR_MEMORY_COLUMNS = 512
 TENSOR_MEMORY_LANES = 128
@@ -163,32 +163,34 @@ def why_none(shape: ConvFirstShape, processor: Processor) -> str | None:
 def local_memory_bytes(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> int:
     """Shared memory of a program, in bytes: the operands in flight of the hungrier of its two loops.
 
-    Where products accumulate in tensor memory, or warpgroups share rows, operands that are in registers elsewhere come
-    on top.
+    Operands come on top that only some processors have there (`operands_in_memory`).
     """
     size = ELEMENT_SIZE[shape.dtype]
     widest = max(tile.in_slabs(shape.in_channels))
     conv = tile.conv_stages * widest * (tile.pixels + widest)
     ffn = tile.ffn_stages * tile.hidden * _padded_in_and_out(tile, shape)
-    convolved = tile.pixels * sum(tile.in_slabs(shape.in_channels))
-    if _uses_tensor_memory(tile, processor):
-        operands = convolved + tile.pixels * tile.hidden
-    elif warpgroups_share_rows(tile.pixels, tile.warps, processor):
-        operands = convolved
-    else:
-        operands = 0
+    convolved = sum(tile.in_slabs(shape.in_channels))
+    operands = operands_in_memory(tile.pixels, tile.warps, convolved, tile.hidden, processor)
     return size * (max(conv, ffn) + operands)
 
 
-def warpgroups_share_rows(pixels: int, warps: int, processor: Processor) -> bool:
-    """Whether Hopper's products have too few rows for their warps: warpgroups then have columns of the same rows, and
-    read the left operand, which each would keep in registers otherwise, from shared memory."""
-    return processor.compute_capability[0] == 9 and WARPGROUP_ROWS <= pixels < warps * WARPGROUP_ROWS // WARPGROUP
+def operands_in_memory(pixels: int, warps: int, convolved: int, hidden: int, processor: Processor) -> int:
+    """Elements of a program's left operands that are in shared memory, and in registers elsewhere: pixels of
+    `convolved` channels, and of `hidden` ones."""
+    if uses_tensor_memory(pixels, warps, processor):
+        return pixels * (convolved + hidden)
+    return pixels * convolved if _warpgroups_share_rows(pixels, warps, processor) else 0
+
+
+def uses_tensor_memory(pixels: int, warps: int, processor: Processor) -> bool:
+    """Whether products accumulate in tensor memory, and have their left operands in shared memory."""
+    # They take four warps and 64 rows at least; smaller ones run as before.
+    return processor.compute_capability[0] == 10 and warps >= WARPGROUP and pixels >= WARPGROUP_ROWS
 
 
 def tensor_memory_columns(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> int:
     """Upper bound on the columns of tensor memory that a program's sums take; 0 where registers hold them."""
-    if not _uses_tensor_memory(tile, processor):
+    if not uses_tensor_memory(tile.pixels, tile.warps, processor):
         return 0
     in_slabs, out_slabs = tile.in_slabs(shape.in_channels), tile.out_slabs(shape.out_channels)
     columns = sum(in_slabs) + sum(out_slabs) + len(in_slabs) * tile.hidden
@@ -260,6 +262,7 @@ def _padded_in_and_out(tile: ConvFirstTile, shape: ConvFirstShape) -> int:
     return sum(tile.in_slabs(shape.in_channels)) + sum(tile.out_slabs(shape.out_channels))
 
 
-def _uses_tensor_memory(tile: ConvFirstTile, processor: Processor) -> bool:
-    # Its products take four warps and 64 rows at least; smaller ones run as before.
-    return processor.compute_capability[0] == 10 and tile.warps >= 4 and tile.pixels >= 64
+def _warpgroups_share_rows(pixels: int, warps: int, processor: Processor) -> bool:
+    """Whether Hopper's products have too few rows for their warps: warpgroups then have columns of the same rows, and
+    read the left operand, which each would keep in registers otherwise, from shared memory."""
+    return processor.compute_capability[0] == 9 and WARPGROUP_ROWS <= pixels < warps * WARPGROUP_ROWS // WARPGROUP

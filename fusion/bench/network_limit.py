@@ -11,6 +11,7 @@ from itertools import groupby
 
 from fusion.planner import blocks
 from fusion.planner.graph import BlockGraph, OpKind, Role, Tensor, make_op
+from fusion.planner.layer_kind import LayerKind, layer_kind
 from fusion.planner.processor import Processor
 from fusion.planner.waterline import KernelBound, kernel_bound
 from models.convfirstnet import STAGE_BLOCKS, ConvFirstNetConfig
@@ -27,6 +28,11 @@ class Part:
     kind: str
     stride: int
     graph: BlockGraph
+
+    @property
+    def layer_kind(self) -> LayerKind:
+        """What kind of layer this is, or a fused block."""
+        return layer_kind(self.graph.ops)
 
     @property
     def ops_count(self) -> int:

@@ -9,11 +9,16 @@ Counting convention, the one place where it is written down. One multiply-accumu
 
 Activations are NHWC (or NC once pooled), convolution weights KTRS with T the channels per group, linear weights KC.
 Spatial operations pad by half their kernel, so an output has ``ceil(H / stride)`` rows.
+
+Layers of other networks than the paper's may have any shape. There are kinds for those whose output cannot be told from
+their operands (``GIVEN_OUTPUT_KINDS``); no kernel of this project runs them, but they are counted in the same way: a
+general or transposed convolution as a convolution, a product of two activations ``2*B*M*N*K``, any pool one OP per
+input element; norms, softmax, element-wise functions, copies and unknown operations are free.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -79,7 +84,31 @@ class OpKind(StrEnum):
     ADD = "add"
     BLURPOOL = "blurpool"
     CONCAT = "concat"
+    MATMUL = "matmul"
+    GENERAL_CONV = "general conv"
+    TRANSPOSED_CONV = "transposed conv"
+    POOL = "pool"
+    NORM = "norm"
+    SOFTMAX = "softmax"
+    ELEMENTWISE = "element-wise"
+    COPY = "copy"
+    UNKNOWN = "unknown"
 
+
+GIVEN_OUTPUT_KINDS = (
+    OpKind.GENERAL_CONV,
+    OpKind.TRANSPOSED_CONV,
+    OpKind.POOL,
+    OpKind.NORM,
+    OpKind.SOFTMAX,
+    OpKind.ELEMENTWISE,
+    OpKind.COPY,
+    OpKind.UNKNOWN,
+)
+"""Kinds that take tensors of any layout, and whose output is what it is said to be."""
+
+CONV_KINDS = (OpKind.CONV, OpKind.GENERAL_CONV, OpKind.TRANSPOSED_CONV)
+"""Convolutions; the weight of each has dimensions K and T, and those of its window."""
 
 ACTIVATION_KINDS = (OpKind.RELU, OpKind.SILU, OpKind.RELU6, OpKind.GELU, OpKind.HARDSWISH)
 """What may follow a convolution of a block; GELU is the exact one, by the error function."""
@@ -100,6 +129,9 @@ class Op:
     stride: int = 1
 
     def __post_init__(self) -> None:
+        if self.kind in GIVEN_OUTPUT_KINDS:
+            _check_operands(self.kind, self.name, self.inputs, self.weights, self.stride)
+            return
         expected = output_dims(self.kind, self.name, self.inputs, self.weights, self.stride)
         if self.output.dims != expected:
             raise ValueError(f"op {self.name!r} ({self.kind}): output is {self.output}, its inputs give {expected}")
@@ -122,7 +154,7 @@ class Op:
     @property
     def is_dense(self) -> bool:
         """Whether every output channel depends on every input channel (a linear layer, an ungrouped convolution)."""
-        if self.kind is OpKind.CONV:
+        if self.kind in CONV_KINDS:
             return self.group_width == self.inputs[0]["C"]
         return self.kind is OpKind.LINEAR
 
@@ -239,34 +271,44 @@ def make_op(
 def output_dims(
     kind: OpKind, name: str, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...] = (), stride: int = 1
 ) -> Dims:
-    """Shape of the output of an op of this kind. Raises ValueError when the operands do not suit the kind."""
+    """Shape of the output of an op of this kind, which is none of ``GIVEN_OUTPUT_KINDS``.
+
+    Raises ValueError when the operands do not suit the kind.
+    """
+    _check_operands(kind, name, inputs, weights, stride)
+    return tuple(_RULES[kind].output(inputs, weights, stride).items())
+
+
+def _check_operands(
+    kind: OpKind, name: str, inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], stride: int
+) -> None:
     rule = _RULES[kind]
     layouts = tuple(tensor.layout for tensor in inputs)
     weight_layouts = tuple(tensor.layout for tensor in weights)
     roles_fit = all(t.role is Role.ACTIVATION for t in inputs) and all(t.role is Role.WEIGHT for t in weights)
-    if not (rule.accepts(layouts) and weight_layouts == rule.weight_layouts and roles_fit):
+    weights_fit = rule.weight_layouts is None or weight_layouts == rule.weight_layouts
+    if not (rule.accepts(layouts) and weights_fit and roles_fit):
         raise ValueError(
             f"op {name!r} ({kind}): cannot take inputs {layouts} and weights {weight_layouts}; it takes "
-            f"{rule.operands} and weights {rule.weight_layouts}"
+            f"{rule.operands} and weights {'of any layout' if rule.weight_layouts is None else rule.weight_layouts}"
         )
     if stride < 1 or (stride > 1 and not rule.strided):
         raise ValueError(f"op {name!r} ({kind}): stride {stride} is not supported")
     problem = rule.check(inputs, weights)
     if problem:
         raise ValueError(f"op {name!r} ({kind}): {problem}")
-    return tuple(rule.output(inputs, weights, stride).items())
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """What an op kind accepts, the shape it produces and what it costs."""
+    """What an op kind accepts, the shape it produces (None if that is given) and what it costs."""
 
     operands: str
     accepts: Callable[[tuple[str, ...]], bool]
-    output: Callable[[tuple[Tensor, ...], tuple[Tensor, ...], int], Mapping[str, int]]
+    output: Callable[[tuple[Tensor, ...], tuple[Tensor, ...], int], Mapping[str, int]] | None
     ops_count: Callable[[Op], int] = lambda op: 0
     check: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], str | None] = lambda inputs, weights: None
-    weight_layouts: tuple[str, ...] = ()
+    weight_layouts: tuple[str, ...] | None = ()
     strided: bool = False
 
 
@@ -299,6 +341,15 @@ def _check_concat(inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> st
     return None if len(pixels) == 1 else "the inputs must agree in N, H and W"
 
 
+def _check_matmul(inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> str | None:
+    a, b = inputs
+    return None if (a["B"], a["K"]) == (b["B"], b["K"]) else f"{a} and {b} differ in B or K"
+
+
+def _check_any_conv(inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> str | None:
+    return None if {"K", "T"} <= set(dict(weights[0].dims)) else f"its weight {weights[0]} must have dimensions K and T"
+
+
 def _strided_dims(x: Tensor, stride: int, channels: int) -> Mapping[str, int]:
     return {"N": x["N"], "H": -(-x["H"] // stride), "W": -(-x["W"] // stride), "C": channels}
 
@@ -306,6 +357,9 @@ def _strided_dims(x: Tensor, stride: int, channels: int) -> Mapping[str, int]:
 _ELEMENTWISE = _Rule(
     "one tensor", lambda layouts: len(layouts) == 1, lambda inputs, weights, stride: dict(inputs[0].dims)
 )
+
+_ANY = _Rule("any tensors", lambda layouts: True, None, weight_layouts=None)
+_ANY_CONV = replace(_ANY, operands="one tensor", accepts=lambda layouts: len(layouts) == 1, check=_check_any_conv)
 
 _RULES: Mapping[OpKind, _Rule] = {
     OpKind.CONV: _Rule(
@@ -358,6 +412,21 @@ _RULES: Mapping[OpKind, _Rule] = {
         lambda inputs, weights, stride: {**dict(inputs[0].dims), "C": sum(tensor["C"] for tensor in inputs)},
         check=_check_concat,
     ),
+    OpKind.MATMUL: _Rule(
+        "tensors BMK and BNK",
+        lambda layouts: layouts == ("BMK", "BNK"),
+        lambda inputs, weights, stride: {"B": inputs[0]["B"], "M": inputs[0]["M"], "N": inputs[1]["N"]},
+        lambda op: 2 * op.output.size * op.inputs[0]["K"],
+        _check_matmul,
+    ),
+    OpKind.GENERAL_CONV: replace(
+        _ANY_CONV, strided=True, ops_count=lambda op: 2 * (op.output.size // op.output["C"]) * op.weights[0].size
+    ),
+    OpKind.TRANSPOSED_CONV: replace(
+        _ANY_CONV, strided=True, ops_count=lambda op: 2 * (op.inputs[0].size // op.inputs[0]["C"]) * op.weights[0].size
+    ),
+    OpKind.POOL: replace(_ANY, strided=True, ops_count=lambda op: op.inputs[0].size),
+    **dict.fromkeys((OpKind.NORM, OpKind.SOFTMAX, OpKind.ELEMENTWISE, OpKind.COPY, OpKind.UNKNOWN), _ANY),
 }
 
 

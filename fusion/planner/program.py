@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fusion.planner.graph import BlockGraph, Op, Tensor
+from fusion.planner.layer_kind import LayerKind, layer_kind
 
 
 class Memory(StrEnum):
@@ -113,6 +114,11 @@ class Kernel:
     def bytes(self) -> int:
         """DRAM traffic, in bytes."""
         return self.element_size * sum(tensor.size for tensor in (*self.reads, *self.writes))
+
+    @property
+    def layer_kind(self) -> LayerKind:
+        """What kind of layer this is, or a fused block."""
+        return layer_kind(self.ops)
 
     def describe(self) -> str:
         """Several lines: cost, division over processors, loops, ops and where each result goes."""

@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fusion.planner.layer_kind import LayerKind
 from fusion.planner.processor import Processor, get_processor
 
 
 class HasCost(Protocol):
-    """A kernel, as far as the waterline is concerned: OPs and bytes of DRAM traffic."""
+    """A kernel, as far as the waterline is concerned: what it is, OPs and bytes of DRAM traffic."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def layer_kind(self) -> LayerKind: ...
     @property
     def ops_count(self) -> int: ...
     @property
@@ -31,6 +34,7 @@ class KernelBound:
     """One kernel's limits on a processor. Times are in seconds, ``bytes`` is DRAM traffic."""
 
     name: str
+    layer_kind: LayerKind
     ops_count: int
     bytes: int
     compute_time: float
@@ -133,7 +137,7 @@ def kernel_bound(kernel: HasCost, processor: str | Processor) -> KernelBound:
     """Limits of one kernel. Raises ValueError for an unknown processor."""
     processor = get_processor(processor)
     compute_time, memory_time = kernel.ops_count / processor.peak_ops, kernel.bytes / processor.bandwidth
-    return KernelBound(kernel.name, kernel.ops_count, kernel.bytes, compute_time, memory_time)
+    return KernelBound(kernel.name, kernel.layer_kind, kernel.ops_count, kernel.bytes, compute_time, memory_time)
 
 
 def analyze(program: HasKernels, processor: str | Processor) -> Waterline:

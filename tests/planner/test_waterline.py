@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusion.planner.blocks import convfirst, mbconv
+from fusion.planner.layer_kind import LayerKind
 from fusion.planner.lower import block_fused, layerwise
 from fusion.planner.processor import PROCESSORS, get_processor
 from fusion.planner.waterline import analyze, kernel_bound
@@ -19,6 +20,7 @@ class Cost:
     name: str
     ops_count: int
     bytes: int
+    layer_kind: LayerKind = LayerKind.OTHER
 
 
 @dataclass(frozen=True)

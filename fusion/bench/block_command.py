@@ -92,12 +92,13 @@ class BlockCommand:
 
 def run(command: BlockCommand, args: argparse.Namespace) -> int:
     """Run the command; 1 if a block's error is too large."""
-    from fusion.bench import block_plot
+    from fusion.plots.block_plot import plot_blocks
+    from fusion.plots.style import check_suffix
 
     for path in filter(None, (args.json, args.plot)):
         report.check_writable(path)
     if args.plot:
-        block_plot.check_suffix(args.plot)
+        check_suffix(args.plot)
     blocks: list[BlockConfig] = args.block or list(command.blocks)
 
     import torch
@@ -118,7 +119,7 @@ def run(command: BlockCommand, args: argparse.Namespace) -> int:
     if args.json:
         report.write_json(args.json, meta, rows)
     if args.plot:
-        block_plot.plot_blocks(rows, meta, args.plot)
+        plot_blocks(rows, meta, args.plot)
     print_blocks(meta, rows, command)
     from fusion.reference import ERROR_FACTOR
 

@@ -116,12 +116,14 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ValueError for a network of timm without timm, and what writing files raises.
     """
-    from fusion.bench import gap_plot
+    from fusion.bench.gap import network_gaps
+    from fusion.plots.gap_plot import drawn_gaps, plot_gap
+    from fusion.plots.style import check_suffix
 
     for path in filter(None, (args.json, args.plot)):
         report.check_writable(path)
     if args.plot:
-        gap_plot.check_suffix(args.plot)
+        check_suffix(args.plot)
 
     import torch
 
@@ -145,8 +147,8 @@ def run(args: argparse.Namespace) -> int:
     run_networks(cases, args, processor, _keeper(rows, meta, args.json))
 
     # The tables come last: a reader that closes the pipe early must not cost the files.
-    if args.plot and gap_plot.network_gaps(rows, meta):
-        gap_plot.plot_gap(rows, meta, args.plot)
+    if args.plot and drawn_gaps(network_gaps(rows, meta)[0]):
+        plot_gap(rows, meta, args.plot)
     elif args.plot:
         print(f"{args.plot} is not drawn: no network of known accuracy has a latency")
     from fusion.bench.network_table import print_networks

@@ -14,11 +14,16 @@ PAPER_DTYPE = "float16"
 
 @dataclass(frozen=True)
 class PaperNetwork:
-    """A network in the paper: milliseconds a batch, efficiency in percent of peak, ImageNet-1k top-1 in percent."""
+    """A network in the paper.
+
+    Milliseconds a batch, efficiency in percent of peak, ImageNet-1k top-1 in percent, and 10^9 multiply-accumulates of
+    one image.
+    """
 
     latency_ms: float
     pct_peak: float
     top1: float
+    macs_g: float
 
     @property
     def images_per_s(self) -> float:
@@ -26,18 +31,18 @@ class PaperNetwork:
 
 
 PAPER_NETWORKS: dict[str, PaperNetwork] = {
-    "convfirstnet_pico": PaperNetwork(6.078, 47.23, 79.858),
-    "convfirstnet_nano": PaperNetwork(13.549, 44.64, 81.834),
-    "convfirstnet_tiny": PaperNetwork(24.101, 44.69, 82.752),
-    "convfirstnet_small": PaperNetwork(33.238, 55.16, 83.312),
-    "convnext_femto": PaperNetwork(23.4, 18.6, 78.7),
-    "convnext_nano": PaperNetwork(46.7, 29.0, 81.5),
-    "convnext_tiny": PaperNetwork(80.6, 30.6, 82.7),
-    "convnext_small": PaperNetwork(138.4, 34.7, 83.7),
-    "efficientnet_b1": PaperNetwork(49.9, 5.2, 79.1),
-    "efficientnet_b3": PaperNetwork(107.5, 6.2, 81.6),
-    "efficientnet_b5": PaperNetwork(385.1, 8.3, 83.6),
-    "tf_efficientnetv2_s": PaperNetwork(146.0, 19.3, 83.9),
+    "convfirstnet_pico": PaperNetwork(6.078, 47.23, 79.858, 0.86),
+    "convfirstnet_nano": PaperNetwork(13.549, 44.64, 81.834, 1.812),
+    "convfirstnet_tiny": PaperNetwork(24.101, 44.69, 82.752, 3.227),
+    "convfirstnet_small": PaperNetwork(33.238, 55.16, 83.312, 5.493),
+    "convnext_femto": PaperNetwork(23.4, 18.6, 78.7, 1.3),
+    "convnext_nano": PaperNetwork(46.7, 29.0, 81.5, 4.1),
+    "convnext_tiny": PaperNetwork(80.6, 30.6, 82.7, 7.4),
+    "convnext_small": PaperNetwork(138.4, 34.7, 83.7, 14.4),
+    "efficientnet_b1": PaperNetwork(49.9, 5.2, 79.1, 0.8),
+    "efficientnet_b3": PaperNetwork(107.5, 6.2, 81.6, 2.0),
+    "efficientnet_b5": PaperNetwork(385.1, 8.3, 83.6, 9.6),
+    "tf_efficientnetv2_s": PaperNetwork(146.0, 19.3, 83.9, 8.4),
 }
 """Tables 4 and 9, by the names of the models here and of timm."""
 

@@ -1,1 +1,1 @@
-"""Pictures: waterline, efficiency gap, throughput of blocks, tensor-machine diagrams. matplotlib is imported when used."""
+"""Pictures of what networks, blocks and kernels reach, and could. matplotlib is imported when one is drawn."""

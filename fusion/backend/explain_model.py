@@ -1,15 +1,12 @@
 """`fusion.explain`: what the backend makes of a model."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import CodeType, FunctionType
 
 import torch
 from torch import Tensor, fx, nn
-from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
-from torch._dynamo.convert_frame import register_bytecode_hook
 
+from fusion.backend.compiled_once import compiled_for_once, fresh_function
 from fusion.backend.examine import examine
 from fusion.backend.options import BackendOptions
 from fusion.backend.report import CompileReport
@@ -54,44 +51,14 @@ def explain(
         return graph_module.forward
 
     args, kwargs = call_arguments(example_input)
-    with torch.no_grad(), _compiled_for_once():
-        torch.compile(_fresh(_call), backend=note)(model, args, kwargs)
+    with torch.no_grad(), compiled_for_once():
+        torch.compile(fresh_function(_call), backend=note)(model, args, kwargs)
     return CompileReport.joined(reports)
 
 
 def _call(model: nn.Module, args: tuple, kwargs: dict) -> object:
     # Not the model's own code: one that is compiled in place already would run as it is compiled.
     return model(*args, **kwargs)
-
-
-def _fresh(function: FunctionType) -> FunctionType:
-    """A function like this one with code of its own: what Dynamo compiles it to goes when it does."""
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-
-
-@contextmanager
-def _compiled_for_once() -> Iterator[None]:
-    """What Dynamo compiles here does not count among the few times that it compiles a function.
-
-    That of functions which it has compiled before stays: those of a model with graph breaks that is compiled already.
-    """
-    fresh: list[CodeType] = []
-    seen: set[int] = set()
-
-    def note(code: CodeType, _: CodeType) -> None:
-        if id(code) not in seen and not _debug_get_cache_entry_list(code):
-            fresh.append(code)
-        seen.add(id(code))
-
-    limits = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10_000)
-    hook = register_bytecode_hook(note)
-    try:
-        with limits:
-            yield
-    finally:
-        hook.remove()
-        for code in fresh:
-            reset_code(code)
 
 
 def _numbered(report: CompileReport, index: int) -> CompileReport:

@@ -31,23 +31,28 @@ def placeholders_of(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def constants_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Mapping[fx.Node, Tensor]:
+    """The `model_tensors` that have values (fake tensors have none), and are of no class that computes in ways of its
+    own."""
+    return {node: value for node, value in model_tensors(graph_module, inputs).items() if _has_values(value)}
+
+
+def model_tensors(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Mapping[fx.Node, Tensor]:
     """Nodes that stand for the model's parameters and buffers, and those tensors.
 
-    `inputs` are the graph's, in order: Dynamo passes parameters with them. What has no values (fake tensors) is no
-    constant, nor are tensors of other classes, which may compute in ways of their own.
+    `inputs` are the graph's, in order: Dynamo passes parameters with them.
     """
-    constants: dict[fx.Node, Tensor] = {}
+    tensors: dict[fx.Node, Tensor] = {}
     for node, value in zip(placeholders_of(graph_module), inputs, strict=True):
         is_static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
         if isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and is_static):
-            constants[node] = value
+            tensors[node] = value
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             owner, _, name = node.target.rpartition(".")
             value = getattr(graph_module.get_submodule(owner), name, None)
             if isinstance(value, Tensor):
-                constants[node] = value
-    return {node: value for node, value in constants.items() if _has_values(value)}
+                tensors[node] = value
+    return tensors
 
 
 def _has_values(value: Tensor) -> bool:

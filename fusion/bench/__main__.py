@@ -8,9 +8,31 @@ import argparse
 import os
 import sys
 
-from fusion.bench import compile_command, convfirst, ffn, mbconv, network, waterline
+from fusion.bench import (
+    bars_command,
+    compile_command,
+    convfirst,
+    ffn,
+    gap_command,
+    intensity_command,
+    mbconv,
+    network,
+    sweep_command,
+    waterline,
+)
 
-SUBCOMMANDS = (convfirst.COMMAND, mbconv.COMMAND, ffn.COMMAND, network, compile_command, waterline)
+SUBCOMMANDS = (
+    convfirst.COMMAND,
+    mbconv.COMMAND,
+    ffn.COMMAND,
+    network,
+    compile_command,
+    waterline,
+    sweep_command,
+    intensity_command,
+    gap_command,
+    bars_command,
+)
 
 DESCRIPTION = """\
 Measure and analyse convolutional networks and their blocks: layer by layer, and fused into one kernel.
@@ -25,8 +47,11 @@ examples:
   python -m fusion.bench ffn                            FFN blocks alone, the same way
   python -m fusion.bench network                        whole networks, next to timm's: speed, limit, accuracy
   python -m fusion.bench compile resnet50               any network, as torch.compile with this backend makes it
-  python -m fusion.bench waterline                      their minimum latencies, and MBConv's, on the paper's GPU
-  python -m fusion.bench waterline --processor h200     the same on another GPU
+  python -m fusion.bench waterline small                how fast a network can be, and where its time goes
+  python -m fusion.bench sweep small                    the same on processors of any op:byte ratio
+  python -m fusion.bench intensity                      operational intensity of convolutions over their channels
+  python -m fusion.bench gap RESULTS                    accuracy, ideal and actual latency of measured networks
+  python -m fusion.bench bars RESULTS                   measured blocks, next to their limits
   python -m fusion.bench COMMAND --help                 what a command does, and its options
 """
 

@@ -26,15 +26,7 @@ def build_model(
     the last layer has a bias. Raises what building and running the network raises.
     """
     torch.manual_seed(0)
-    name, arguments = split_model(case.model)
-    if name in CONVFIRSTNETS:
-        model = create_model(name, **arguments)
-    elif name == UIR:
-        model = convfirst_uir(**arguments)
-    else:
-        import timm
-
-        model = timm.create_model(name, pretrained=False, **arguments)
+    model = bare_model(case.model)
     randomise_affine(model, seed=0)
     randomise_constants(model, seed=0)
     model = channels_last(model.eval().requires_grad_(False).to(device))
@@ -48,6 +40,18 @@ def build_model(
     if isinstance(getattr(classifier, "bias", None), nn.Parameter):
         centre_logits(model, classifier, images())
     return model
+
+
+def bare_model(model: str) -> nn.Module:
+    """A network as its constructor makes it, by its name with arguments (`fusion.bench.model_case`)."""
+    name, arguments = split_model(model)
+    if name in CONVFIRSTNETS:
+        return create_model(name, **arguments)
+    if name == UIR:
+        return convfirst_uir(**arguments)
+    import timm
+
+    return timm.create_model(name, pretrained=False, **arguments)
 
 
 def channels_last(model: nn.Module) -> nn.Module:

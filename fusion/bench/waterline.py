@@ -1,18 +1,22 @@
-"""`python -m fusion.bench waterline`: minimum latency of blocks, layer by layer and fused (figures 8 and 12)."""
+"""`python -m fusion.bench waterline`: minimum latency of networks and blocks, layer by layer and fused."""
 
 import argparse
 
+from fusion.analysis.network_waterline import plot_programs
 from fusion.bench import report
-from fusion.bench.blocks import BLOCK_TYPES, FIGURE8, FIGURE12, BlockConfig, parse_block
+from fusion.bench.blocks import FIGURE8, FIGURE12, BlockConfig, parse_block
 from fusion.bench.report import Column
+from fusion.bench.target import TARGETS_HELP, TYPES, add_arguments, analyse, chosen_processor, parse_target
 from fusion.planner.lower import block_fused, layerwise
 from fusion.planner.processor import PROCESSORS, Processor
 from fusion.planner.waterline import analyze
+from fusion.plots.style import check_suffix
 
 DESCRIPTION = """\
-How fast can a block be on a GPU? Waterline analysis of the block as one kernel per layer, every tensor between them in
-DRAM, and fused into one kernel. A kernel takes at least max(OPs / peak, bytes / bandwidth); a block takes the sum over
-its kernels. Nothing runs: no GPU is needed. Printed are minimum latencies in microseconds and intensities in OP/byte.
+How fast can a network or a block be on a GPU, and where does its time go? Waterline analysis: layer by layer, with one
+kernel per layer and every tensor between them in DRAM, and with blocks fused into one kernel each. A kernel takes at
+least max(OPs / peak, bytes / bandwidth); a network takes the sum over its kernels. Nothing runs: no GPU is needed, and
+no weights. Without a target it is the blocks of the paper's figures.
 """
 
 PROTOCOL = (
@@ -20,8 +24,8 @@ PROTOCOL = (
     "ops and DRAM bytes are counted on the program, in fp16"
 )
 
-TYPES = tuple(BLOCK_TYPES)
 LOWERINGS = (layerwise, block_fused)
+FIGURES = {"8": FIGURE8, "12": FIGURE12}
 
 Row = dict[str, object]
 
@@ -31,40 +35,77 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     processors = "\n".join(f"  {name:<8} {processor}" for name, processor in PROCESSORS.items())
     parser = subparsers.add_parser(
         "waterline",
-        help="minimum latencies of blocks, layer by layer and fused (the paper's figures 8 and 12)",
+        help="minimum latency of networks and blocks, and where it goes (the paper's figures 3, 8, 12, 15)",
         description=DESCRIPTION,
         epilog=f"processors:\n{processors}\n\n"
         "examples:\n"
-        "  python -m fusion.bench waterline --json waterline.json\n"
-        "  python -m fusion.bench waterline --processor h200 --block 64,6,32 --block mbconv:128,4,16",
+        "  python -m fusion.bench waterline small --plot small.svg\n"
+        "  python -m fusion.bench waterline resnet101@224 convnext_small@288 --processor a5000 --json networks.json\n"
+        "  python -m fusion.bench waterline mbconv:128,4,16 --kernels\n"
+        "  python -m fusion.bench waterline --figure 8 --plot figure8.svg\n"
+        "  python -m fusion.bench waterline --block 64,6,32 --block mbconv:128,4,16 --plot blocks.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--processor", choices=PROCESSORS, default="a5000", help="whose ceilings to use, see below (default: a5000)"
-    )
-    parser.add_argument("--batch", type=int, default=128, metavar="N", help="images (default: 128)")
+    parser.add_argument("targets", nargs="*", type=parse_target, metavar="TARGET", help=TARGETS_HELP)
+    parser.add_argument("--kernels", action="store_true", help="print every kernel of the targets")
     parser.add_argument(
         "--block",
         action="append",
         type=_parse_block,
         metavar="[TYPE:]C,ALPHA,HW",
-        help=f"channels, expansion ratio and height = width of a block; TYPE is {' or '.join(TYPES)} (default: "
-        f"{TYPES[0]}); repeatable (default: the blocks of the figures)",
+        help="a block to compare with others, one line each; repeatable (default: the blocks of figures 8 and 12)",
     )
-    parser.add_argument("--json", metavar="PATH", help="write meta data and rows as JSON, two rows a block")
+    parser.add_argument("--figure", choices=FIGURES, help="the blocks of one of the paper's figures only")
+    add_arguments(parser, processor="a5000")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. Raises ValueError for sizes that make no block, OSError if the JSON cannot be written."""
+    """Run the command. Raises ValueError for what is no network or makes no block, OSError for files."""
+    for path in filter(None, (args.json, args.plot)):
+        report.check_writable(path)
+    if args.plot:
+        check_suffix(args.plot)
+    if bool(args.targets) + bool(args.block) + bool(args.figure) > 1:
+        raise ValueError("give targets, one table each, or --block, one line each, or --figure; not several of them")
+    return _run_targets(args) if args.targets else _run_blocks(args)
+
+
+def _run_targets(args: argparse.Namespace) -> int:
+    processor = chosen_processor(args)
+    analysed = analyse(args.targets, args.batch, processor)
+    networks = list(dict.fromkeys(each.network for each in analysed))
+    for network in networks:
+        print(network.table(args.kernels), end="\n\n")
     if args.json:
-        report.check_writable(args.json)
-    processor = PROCESSORS[args.processor]
-    configs = args.block or (*FIGURE8, *FIGURE12)
+        metas = [network.meta() for network in networks]
+        extra = metas[0] if len(metas) == 1 else {"networks": metas}
+        meta = report.collect_meta(PROTOCOL, processor, batch=args.batch, dtype="float16") | extra
+        report.write_json(args.json, meta, [row for each in analysed for row in each.network.rows(each.programs)])
+    if args.plot:
+        drawn = [(each.network.name, program, line) for each in analysed for program, line in each.programs.items()]
+        plot_programs(drawn, args.plot)
+    return 0
+
+
+def _run_blocks(args: argparse.Namespace) -> int:
+    processor = chosen_processor(args)
+    configs = args.block or (FIGURES[args.figure] if args.figure else (*FIGURE8, *FIGURE12))
     rows = [row for config in configs for row in block_rows(config, args.batch, processor)]
     if args.json:
         report.write_json(args.json, report.collect_meta(PROTOCOL, processor, batch=args.batch, dtype="float16"), rows)
     print_rows(rows, f"Waterline on {processor}, batch {args.batch}, fp16")
+    if args.plot:
+        from fusion.plots.waterline_plot import Well, plot_wells
+
+        kinds = tuple(dict.fromkeys(config.block for config in configs))
+        wells = []
+        for config in configs:
+            label = f"C {config.label}" if len(kinds) == 1 else f"{config.block}, C {config.label}"
+            graph = config.graph(args.batch)
+            wells.append(Well(label, *(analyze(lower(graph), processor) for lower in LOWERINGS)))
+        title = f"{' and '.join(kinds)}, batch {args.batch}: layer by layer, and fused"
+        plot_wells(wells, args.plot, title=title)
     return 0
 
 

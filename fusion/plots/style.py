@@ -25,7 +25,7 @@ WATER = "#1565c0"
 
 KIND_STYLES: Mapping[LayerKind, Mapping[str, str]] = {
     LayerKind.FUSED: {"facecolor": "#1f4e8c"},
-    LayerKind.CONVOLUTION: {"facecolor": "#5d5d5d"},
+    LayerKind.CONVOLUTION: {"facecolor": "#8c8c8c"},
     LayerKind.POINTWISE: {"facecolor": "#f0b060", "hatch": "//"},
     LayerKind.MATMUL: {"facecolor": "#8e6bb0", "hatch": "++"},
     LayerKind.GROUPED: {"facecolor": "#7fb77e", "hatch": "\\\\"},

@@ -12,6 +12,7 @@ from fusion.bench import (
     bars_command,
     compile_command,
     convfirst,
+    diagram_command,
     ffn,
     gap_command,
     intensity_command,
@@ -32,6 +33,7 @@ SUBCOMMANDS = (
     intensity_command,
     gap_command,
     bars_command,
+    diagram_command,
 )
 
 DESCRIPTION = """\
@@ -51,6 +53,7 @@ examples:
   python -m fusion.bench sweep small                    the same on processors of any op:byte ratio
   python -m fusion.bench intensity                      operational intensity of convolutions over their channels
   python -m fusion.bench gap RESULTS                    accuracy, ideal and actual latency of measured networks
+  python -m fusion.bench diagram 64,6,64                a block's program as a tensor-machine diagram
   python -m fusion.bench bars RESULTS                   measured blocks, next to their limits
   python -m fusion.bench COMMAND --help                 what a command does, and its options
 """

@@ -64,6 +64,51 @@ def block_fused(
     return _fused_over_pixels(graph, hidden, pixel_tile, hidden_tile)
 
 
+def scaled(
+    graph: BlockGraph, processors: int = 2, pixel_tile: tuple[int, int] | None = None, hidden_tile: int | None = None
+) -> Program:
+    """The whole block as one kernel, for more channels than one processor can hold (figure 7c).
+
+    Processors divide the output's pixels as in `block_fused`, but each tile is that of ``processors`` of them, which
+    divide its input and its output channels. From its input channels each makes partial sums of the hidden channels,
+    ``hidden_tile`` at a time; they are added in global memory, from where each takes the sums of all, and projects them
+    onto its output channels.
+
+    Raises ValueError for a block without hidden channels, for one whose hidden channels depend on each other across
+    pixels (MBConv), and for channels or groups that do not divide evenly.
+    """
+    if not isinstance(processors, int) or processors < 2:
+        raise ValueError(f"cannot divide the channels of {graph.name!r} over processors={processors!r}; use 2, 4, ...")
+    hidden = _hidden_ops(graph)
+    if not hidden:
+        raise ValueError(f"{graph.name!r} has no hidden channels that processors could add up; use the fused program")
+    ahead = graph.ops[: graph.ops.index(hidden[0])]
+    if any(_works_across_pixels(op) for op in hidden) or any(op.is_dense for op in ahead):
+        raise ValueError(
+            f"{graph.name!r} needs whole sums elsewhere than between its input and its hidden channels, such as those "
+            "of squeeze-and-excitation; use the fused program"
+        )
+    if any(op.kind is OpKind.GLOBAL_AVERAGE_POOL for op in graph.ops):
+        raise ValueError(f"{graph.name!r} pools over pixels outside of hidden channels; use the layerwise program")
+    for tensor in (*graph.inputs, *graph.outputs):
+        if tensor["C"] % processors:
+            raise ValueError(
+                f"{graph.name!r}: the channels of {tensor} do not divide over {processors} processors; use another "
+                "number of processors"
+            )
+    for op in ahead:
+        if op.kind is OpKind.CONV and op.inputs[0]["C"] // processors % op.group_width:
+            raise ValueError(
+                f"{graph.name!r}: {processors} processors split a group of {op.name!r}, whose group width is "
+                f"{op.group_width}; use fewer processors"
+            )
+    (kernel,) = _fused_over_pixels(graph, hidden, pixel_tile, hidden_tile).kernels
+    placement = {**dict(kernel.placement), hidden[0].output: Memory.GLOBAL}
+    share = ("C", graph.outputs[0]["C"] // processors)
+    partition = replace(kernel.partition, dims=(*kernel.partition.dims, share))
+    return _single_kernel(graph, placement, partition, kernel.loops, "scaled")
+
+
 def two_pass(graph: BlockGraph, pixel_tile: tuple[int, int] | None = None, hidden_tile: int | None = None) -> Program:
     """The block as two kernels that meet where something is summed over all hidden channels, like a squeeze vector.
 
@@ -210,10 +255,14 @@ def _check_groups(hidden: tuple[Op, ...], hidden_tile: int) -> None:
 
 
 def _single_kernel(
-    graph: BlockGraph, placement: Mapping[Tensor, Memory], partition: Loop, loops: tuple[Loop, ...]
+    graph: BlockGraph,
+    placement: Mapping[Tensor, Memory],
+    partition: Loop,
+    loops: tuple[Loop, ...],
+    name: str = "fused",
 ) -> Program:
     kernel = Kernel(graph.name, graph.ops, tuple(placement.items()), graph.element_size, partition, loops)
-    return Program("fused", graph, (kernel,))
+    return Program(name, graph, (kernel,))
 
 
 def _placement(graph: BlockGraph, ops: Iterable[Op]) -> dict[Tensor, Memory]:

@@ -1,8 +1,8 @@
 import pytest
 
-from fusion.planner.blocks import conv, convfirst, ffn, mbconv
+from fusion.planner.blocks import conv, convfirst, ffn, head, mbconv, stem_convfirst
 from fusion.planner.graph import BlockGraph, OpKind, make_op
-from fusion.planner.lower import block_fused, image_fused, layerwise, two_pass
+from fusion.planner.lower import block_fused, image_fused, layerwise, scaled, two_pass
 from fusion.planner.program import Memory
 
 
@@ -81,6 +81,67 @@ def test_mbconv_divides_hidden_channels_and_meets_in_global_memory():
     (kernel,) = program.kernels
     assert (kernel.partition.tensor, kernel.partition.dims) == ("expand.out", (("N", 1), ("C", 64)))
     assert kernel.loops == ()
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        convfirst(2, 16, 16, 512, 6),
+        convfirst(2, 16, 16, 512, 6, out_channels=640),
+        convfirst(2, 16, 16, 512, 6, stride=2),
+        convfirst(2, 16, 16, 512, 6, stride=2, blur=False),
+        ffn(2, 16, 16, 512, 4),
+    ],
+    ids=["convfirst", "convfirst-k", "convfirst-s2", "convfirst-s2-no-blur", "ffn"],
+)
+@pytest.mark.parametrize("processors", [2, 4])
+def test_scaled_adds_hidden_channels_in_global_memory(graph, processors):
+    program = scaled(graph, processors, pixel_tile=(4, 8), hidden_tile=32)
+    fused = block_fused(graph, pixel_tile=(4, 8), hidden_tile=32)
+    assert (program.name, program.ops_count, program.bytes) == ("scaled", fused.ops_count, fused.bytes)
+    local, shared = local_and_global(program)
+    assert shared == {"expand.out"}
+    assert local | shared == local_and_global(fused)[0] and "activation.out" in local
+    (kernel,), (unscaled,) = program.kernels, fused.kernels
+    channels = graph.outputs[0]["C"]
+    assert kernel.partition.tensor == graph.outputs[0].name
+    assert kernel.partition.dims == (("N", 1), ("H", 4), ("W", 8), ("C", channels // processors))
+    assert (kernel.loops, kernel.partition.streams) == (unscaled.loops, unscaled.partition.streams)
+
+
+def test_scaled_leaves_tiles_open():
+    (kernel,) = scaled(convfirst(2, 16, 16, 512, 6)).kernels
+    assert kernel.partition.dims == (("N", 1), ("H", None), ("W", None), ("C", 256))
+    assert kernel.loops[0].dims == (("C", None),)
+
+
+def test_blocks_that_cannot_be_scaled():
+    with pytest.raises(ValueError, match="has no hidden channels that processors could add up; use the fused program"):
+        scaled(conv(1, 8, 8, 16))
+    with pytest.raises(ValueError, match="has no hidden channels"):
+        scaled(head(1, 8, 8, 16, 32))
+    for graph in (mbconv(1, 16, 16, 32, 4), stem_convfirst(1, 16, 16, 4, 32, 3)):
+        with pytest.raises(ValueError, match=r"needs whole sums elsewhere .*; use the fused program"):
+            scaled(graph)
+    block = ffn(1, 8, 8, 16, 2)
+    pool = make_op(OpKind.GLOBAL_AVERAGE_POOL, "pool", block.outputs)
+    with pytest.raises(ValueError, match="pools over pixels outside of hidden channels"):
+        scaled(BlockGraph("ffn_pool", (*block.ops, pool), block.inputs, (pool.output,)))
+
+
+@pytest.mark.parametrize("processors", [1, 0, -2, 2.0])
+def test_numbers_of_processors_that_divide_nothing(processors):
+    with pytest.raises(ValueError, match=rf"over processors={processors}; use 2, 4, \.\.\."):
+        scaled(convfirst(1, 8, 8, 64, 2), processors)
+
+
+def test_channels_that_processors_cannot_divide():
+    with pytest.raises(ValueError, match=r"the channels of x\[.*C=40\] do not divide over 3 processors"):
+        scaled(convfirst(1, 8, 8, 40, 2), 3)
+    with pytest.raises(ValueError, match=r"the channels of project.out\[.*C=42\] do not divide over 4 processors"):
+        scaled(convfirst(1, 8, 8, 32, 2, out_channels=42), 4)
+    with pytest.raises(ValueError, match="2 processors split a group of 'conv', whose group width is 8; use fewer"):
+        scaled(convfirst(1, 8, 8, 24, 2), 2)
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     Raises ValueError for sizes that make no block, options and programs that do not suit it, and names of pictures that
     cannot be drawn, OSError if a file cannot be written.
     """
-    from fusion.plots.diagram import draw_legend, draw_program
+    from fusion.plots.diagram.draw import draw_legend, draw_program
     from fusion.plots.style import check_suffix
 
     if args.plot:

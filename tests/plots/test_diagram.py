@@ -11,11 +11,11 @@ from fusion.planner.blocks import conv, convfirst, ffn, head, mbconv, stem_convf
 from fusion.planner.graph import BlockGraph, OpKind, Role, Tensor, make_op
 from fusion.planner.lower import block_fused, image_fused, layerwise, pool_fused, scaled, two_pass
 from fusion.planner.program import Kernel, Loop, Memory, Program
-from fusion.plots import diagram
-from fusion.plots.diagram import draw_legend, draw_program
-from fusion.plots.diagram_layout import page_of
-from fusion.plots.diagram_symbols import MEMORY_STYLES
-from fusion.plots.diagram_text import widest
+from fusion.plots.diagram import draw as drawing
+from fusion.plots.diagram.draw import draw_legend, draw_program
+from fusion.plots.diagram.layout import page_of
+from fusion.plots.diagram.symbols import MEMORY_STYLES
+from fusion.plots.diagram.text import widest
 from fusion.plots.style import SETTINGS, WIDTH
 from tests.plots.picture_texts import overlap, text_boxes
 
@@ -101,7 +101,7 @@ def drawn(draw, *arguments):
             yield figures[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagram, "new_figure", new_figure)
+        patch.setattr(drawing, "new_figure", new_figure)
         draw(*arguments, "diagram.png")
     return figures[0]
 
@@ -159,7 +159,7 @@ def test_wires_cross_neither_texts_nor_boxes_nor_symbols(name):
     program, figure = PROGRAMS[name], figure_of(name)
     obstacles = [(text.get_text(), in_inches(box, figure)) for text, box in text_boxes(figure).items()]
     obstacles += [(box.get_label(), in_inches(extent(box, figure), figure)) for box in boxes(figure)]
-    page = page_of(program, diagram.MARGIN + diagram.TITLE_HEIGHT)
+    page = page_of(program, drawing.MARGIN + drawing.TITLE_HEIGHT)
     assert page.wires
     for wire in page.wires:
         for segment in pairwise(wire.points):

@@ -4,11 +4,11 @@ import os
 from typing import TYPE_CHECKING
 
 from fusion.planner.program import Program
-from fusion.plots.diagram_layout import MARGIN, cost_text, page_of
-from fusion.plots.diagram_legend import KEY_HEIGHT, LEGEND_HEIGHT, draw_key, draw_legend_page
-from fusion.plots.diagram_page import Page
-from fusion.plots.diagram_symbols import draw_band, draw_box, draw_frame, draw_op, draw_wire, write
-from fusion.plots.diagram_text import text_width
+from fusion.plots.diagram.layout import MARGIN, cost_text, page_of
+from fusion.plots.diagram.legend import KEY_HEIGHT, LEGEND_HEIGHT, draw_key, draw_legend_page
+from fusion.plots.diagram.page import Page
+from fusion.plots.diagram.symbols import draw_band, draw_box, draw_frame, draw_op, draw_wire, write
+from fusion.plots.diagram.text import text_width
 from fusion.plots.style import WIDTH, check_suffix, new_figure
 
 if TYPE_CHECKING:

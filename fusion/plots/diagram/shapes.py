@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from fusion.planner.program import Memory
-from fusion.plots.diagram_flow import Box, Flow, Node, op_label
-from fusion.plots.diagram_text import LINE, quantity, text_width, widest, wrap
+from fusion.plots.diagram.flow import Box, Flow, Node, op_label
+from fusion.plots.diagram.text import LINE, quantity, text_width, widest, wrap
 
 RADIUS = 0.155
 """Of an operation's symbol."""

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fusion.planner.program import Loop, Program
-from fusion.plots.diagram_flow import Walk, flow_of
-from fusion.plots.diagram_page import Area, Band, Frame, Page, PlacedBox, PlacedOp
-from fusion.plots.diagram_rows import STACK, Row, RowBreaker, Segment
-from fusion.plots.diagram_shapes import DEPTH, OPERAND_GAP, Shapes, depth
-from fusion.plots.diagram_text import LINE, LOOP_SYMBOL, TEXT_PAD, quantity, widest, wrap
-from fusion.plots.diagram_wires import TRACK, Lines, Wiring, lanes_of, room_left, room_right
+from fusion.plots.diagram.flow import Walk, flow_of
+from fusion.plots.diagram.page import Area, Band, Frame, Page, PlacedBox, PlacedOp
+from fusion.plots.diagram.rows import STACK, Row, RowBreaker, Segment
+from fusion.plots.diagram.shapes import DEPTH, OPERAND_GAP, Shapes, depth
+from fusion.plots.diagram.text import LINE, LOOP_SYMBOL, TEXT_PAD, quantity, widest, wrap
+from fusion.plots.diagram.wires import TRACK, Lines, Wiring, lanes_of, room_left, room_right
 from fusion.plots.style import WIDTH
 
 MARGIN = 0.14

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from fusion.planner.graph import CONV_KINDS, Op, OpKind, Role, Tensor
 from fusion.planner.program import Kernel, Loop, Memory, Program
-from fusion.plots.diagram_tiles import Tiling
+from fusion.plots.diagram.tiles import Tiling
 
 SUM_NOTE = "sum over processors"
 

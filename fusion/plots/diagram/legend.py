@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from fusion.planner.graph import OpKind, Role, Tensor
 from fusion.planner.program import Memory
-from fusion.plots.diagram_flow import Box
-from fusion.plots.diagram_page import Area, Band, Frame, PlacedBox, Point, Wire
-from fusion.plots.diagram_shapes import RADIUS, BoxShape
-from fusion.plots.diagram_strokes import CONVOLUTION, PRODUCT, SYMBOLS
-from fusion.plots.diagram_symbols import (
+from fusion.plots.diagram.flow import Box
+from fusion.plots.diagram.page import Area, Band, Frame, PlacedBox, Point, Wire
+from fusion.plots.diagram.shapes import RADIUS, BoxShape
+from fusion.plots.diagram.strokes import CONVOLUTION, PRODUCT, SYMBOLS
+from fusion.plots.diagram.symbols import (
     draw_band,
     draw_box,
     draw_frame,
@@ -18,7 +18,7 @@ from fusion.plots.diagram_symbols import (
     draw_wire,
     write,
 )
-from fusion.plots.diagram_text import LINE, text_width
+from fusion.plots.diagram.text import LINE, text_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

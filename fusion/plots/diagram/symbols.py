@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fusion.planner.program import Memory
-from fusion.plots.diagram_flow import op_label
-from fusion.plots.diagram_page import Area, Band, Frame, PlacedBox, PlacedOp, Point, Wire
-from fusion.plots.diagram_rows import STACK
-from fusion.plots.diagram_shapes import BESIDE, DEPTH, LABEL, NOTE_PAD, RADIUS, Place
-from fusion.plots.diagram_strokes import Symbol, symbol_of
-from fusion.plots.diagram_text import FONT_SIZE, LINE, LOOP_SYMBOL, TEXT_PAD
+from fusion.plots.diagram.flow import op_label
+from fusion.plots.diagram.page import Area, Band, Frame, PlacedBox, PlacedOp, Point, Wire
+from fusion.plots.diagram.rows import STACK
+from fusion.plots.diagram.shapes import BESIDE, DEPTH, LABEL, NOTE_PAD, RADIUS, Place
+from fusion.plots.diagram.strokes import Symbol, symbol_of
+from fusion.plots.diagram.text import FONT_SIZE, LINE, LOOP_SYMBOL, TEXT_PAD
 from fusion.plots.style import INK
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf, sqrt
 
-from fusion.plots.diagram_flow import Edge, Flow
-from fusion.plots.diagram_page import PlacedBox, Point, Wire
-from fusion.plots.diagram_rows import STACK, Row, Segment
-from fusion.plots.diagram_shapes import DEPTH, RADIUS, Shapes, depth
+from fusion.plots.diagram.flow import Edge, Flow
+from fusion.plots.diagram.page import PlacedBox, Point, Wire
+from fusion.plots.diagram.rows import STACK, Row, Segment
+from fusion.plots.diagram.shapes import DEPTH, RADIUS, Shapes, depth
 
 TRACK = 0.11
 """Distance of parallel wires."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from fusion.plots.diagram_flow import Flow
-from fusion.plots.diagram_shapes import Shapes
+from fusion.plots.diagram.flow import Flow
+from fusion.plots.diagram.shapes import Shapes
 
 GAP, MOST_GAP = 0.2, 0.42
 """Length of an arrow."""

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from fusion.planner.graph import Op
 from fusion.planner.program import Memory
-from fusion.plots.diagram_flow import Box
-from fusion.plots.diagram_shapes import BoxShape, Place
+from fusion.plots.diagram.flow import Box
+from fusion.plots.diagram.shapes import BoxShape, Place
 
 Point = tuple[float, float]
 

@@ -18,6 +18,7 @@ from fusion.bench import (
     intensity_command,
     mbconv,
     network,
+    predicted_command,
     sweep_command,
     waterline,
 )
@@ -33,6 +34,7 @@ SUBCOMMANDS = (
     intensity_command,
     gap_command,
     bars_command,
+    predicted_command,
     diagram_command,
 )
 
@@ -53,6 +55,7 @@ examples:
   python -m fusion.bench sweep small                    the same on processors of any op:byte ratio
   python -m fusion.bench intensity                      operational intensity of convolutions over their channels
   python -m fusion.bench gap RESULTS                    accuracy, ideal and actual latency of measured networks
+  python -m fusion.bench predicted RESULTS              what the planner predicts against what was measured
   python -m fusion.bench diagram 64,6,64                a block's program as a tensor-machine diagram
   python -m fusion.bench bars RESULTS                   measured blocks, next to their limits
   python -m fusion.bench COMMAND --help                 what a command does, and its options

@@ -13,24 +13,23 @@ from fusion.planner import tile as stride_1
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import ConvFirstDownShape
 from fusion.planner.processor import Processor
-from fusion.planner.slabs import slab_widths
+from fusion.planner.slabs import NARROWEST, slab_widths
 from fusion.planner.tile import (
     LAUNCH_US,
     MAX_REGISTERS,
     MAX_WARPS_PER_PROCESSOR,
     MIN_HIDDEN_STEPS,
     MIN_STAGES,
-    PRODUCT_SHARE,
+    SECTOR_BYTES,
     SPILL_ALLOWANCE,
-    STEP_US,
-    TENSOR_CORES,
     TENSOR_MEMORY_COLUMNS,
     TENSOR_MEMORY_LANES,
-    VIEW_SHARE,
     WARP_SIZE,
     WIDEST_OUTPUT_SLAB,
+    PortableWork,
     operands_in_memory,
     uses_tensor_memory,
+    work_us,
 )
 
 TAPS = 25
@@ -42,9 +41,6 @@ MIN_SIZE = 2
 COPY_BYTES = (16, 8)
 """Of the copies from global to shared memory. Those of 8 bytes go through the L1 cache, which serves the overlaps of
 neighbouring views; those of 16 bytes, half as many, take all from L2."""
-SPILL_EXPONENT = 2
-"""Of estimated registers over available ones, as a factor of the time: on Hopper, products of tiles that ask for more
-than there are run one after the other. Chosen from what the compiler makes of them, not fitted."""
 
 
 @dataclass(frozen=True)
@@ -213,18 +209,24 @@ def predicted_us(tile: ConvFirstDownTile, shape: ConvFirstDownShape, processor: 
     in_slabs, out_slabs = tile.in_slabs(shape.in_channels), tile.out_slabs(shape.out_channels)
     hidden = tile.padded_hidden(shape.hidden_channels)
     programs = tile.programs(shape.batch, shape.height, shape.width)
-    taps = TAPS * 2 * sum(slab * slab for slab in in_slabs)
-    product_ops = 2 * programs * tile.pixels * (taps + hidden * _expanded_and_out(tile, shape))
-    view_bytes = ELEMENT_SIZE[shape.dtype] * programs * (tile.pixels * TAPS * sum(in_slabs) + taps)
-    steps = TAPS * len(in_slabs) + hidden // tile.hidden * (len(in_slabs) + len(out_slabs))
-    occupancy = programs_per_processor(tile, shape, processor)
-    waves = max(1.0, programs / (processor.processors * occupancy))
-    load = programs / processor.processors
-    busy = min(1.0, load) * min(1.0, min(occupancy, ceil(load)) * tile.warps / TENSOR_CORES)
-    spill = max(1.0, estimated_registers(tile, shape) / MAX_REGISTERS) ** SPILL_EXPONENT
-    product_us = PRODUCT_SHARE * product_ops / (busy * processor.peak_ops) * 1e6
-    view_us = VIEW_SHARE * view_bytes / processor.global_bandwidth * 1e6
-    return LAUNCH_US + spill * (product_us + view_us + STEP_US * waves * steps)
+    pixels, size = programs * tile.pixels, ELEMENT_SIZE[shape.dtype]
+    taps, hidden_steps = TAPS * 2 * sum(slab * slab for slab in in_slabs), hidden // tile.hidden
+    work = PortableWork(
+        programs,
+        tile.pixels,
+        tile.warps,
+        estimated_registers(tile, shape),
+        programs_per_processor(tile, shape, processor),
+        conv_ops=2 * pixels * taps,
+        ffn_ops=2 * pixels * hidden * _expanded_and_out(tile, shape),
+        narrow_ops=2 * pixels * hidden * NARROWEST * out_slabs.count(NARROWEST),
+        view_bytes=size * pixels * TAPS * sum(in_slabs),
+        straddles=size * shape.in_channels % SECTOR_BYTES > 0,
+        weight_bytes=size * programs * (taps + hidden * _expanded_and_out(tile, shape)),
+        steps=TAPS * len(in_slabs) + hidden_steps * (len(in_slabs) + len(out_slabs)),
+        waits=TAPS * len(in_slabs) / (tile.conv_stages - 1) + hidden_steps / (tile.ffn_stages - 1),
+    )
+    return LAUNCH_US + max(work_us(work, processor), shape.activation_bytes / processor.bandwidth * 1e6)
 
 
 def candidate_tiles(shape: ConvFirstDownShape, processor: Processor) -> Iterator[ConvFirstDownTile]:

@@ -73,7 +73,9 @@ class KernelFamily:
     `name` is that of its module in `fusion.triton_kernels`, `title` is for people. It runs blocks whose shape is a
     `shape_type`, except those that `why_unsupported` names a reason for. `why_none` says why the kernel cannot run a
     block on a processor with any tile, if there are no `candidate_tiles`; `why_invalid` judges one tile. Sizes are
-    those of one program, times are in microseconds. Tiles of the same `design` differ in little: a search tries one of
+    those of one program, times are in microseconds. `predicted_us` is that of a block with a launch of its own, as it
+    takes one by one in a CUDA graph of eight; a kernel that runs equal blocks in one launch has `stage_us` too, which
+    takes their number and gives the share of one. Tiles of the same `design` differ in little: a search tries one of
     each first. `lower` makes the program that the kernel runs with a tile. If not `is_repeatable`, sums are formed in
     any order, and two runs may differ by rounding errors. If `is_portable`, the kernel is plain Triton, which runs on
     any GPU, and a compiler may take it out of its operator: a packaged program holds the kernel itself.
@@ -93,6 +95,7 @@ class KernelFamily:
     programs_per_processor: Callable[[Tile, BlockShape, Processor], int]
     design: Callable[[Tile], tuple[int, ...]]
     lower: Callable[[BlockGraph, Tile, BlockShape], Program]
+    stage_us: Callable[[Tile, BlockShape, Processor, int], float] | None = None
     is_repeatable: bool = True
     is_portable: bool = False
 
@@ -222,6 +225,7 @@ MBCONV_HOPPER = KernelFamily(
     why_invalid=mbconv_hopper_tile.why_invalid,
     candidate_tiles=mbconv_hopper_tile.candidate_tiles,
     predicted_us=mbconv_hopper_tile.predicted_us,
+    stage_us=mbconv_hopper_tile.stage_us,
     local_memory_bytes=mbconv_hopper_tile.local_memory_bytes,
     estimated_registers=mbconv_hopper_tile.estimated_registers,
     programs_per_processor=mbconv_hopper_tile.programs_per_processor,

@@ -31,7 +31,8 @@ COLUMN_CYCLES = 0.5
 OPS_PER_CYCLE = 4096
 """Of a processor's tensor cores, 16-bit. So the peak tells the clock."""
 
-# Fitted to 20 measurements on an H200 at batch 128 (tests/planner/test_hopper_time.py), about 7 % rms.
+# Fitted to 48 measurements on an H200 at batch 128 (in bench/results/h200 convfirst*.json, compile*.json and v12 of
+# convfirst_hopper_exploration.json; tests/planner/test_hopper_time.py): 7 % off (root mean square).
 LAUNCH_US = 4.0
 PRODUCT_SHARE = 0.92
 """Part of the products' time, those of all partitions of a processor, that is not hidden behind other work."""
@@ -41,6 +42,8 @@ PIECE_US = 0.158
 """The same for each piece of the convolution."""
 STEP_US = 0.02
 """The same for each step over the hidden channels."""
+STREAM_STEP_US = 0.06
+"""More of a step whose weights are streamed: both partitions wait for a chunk, and free it."""
 
 STAGES = (3, 2, 4)
 """Of tiles with equal predictions the planner takes the first. On the H200 three stages were faster than two, wide
@@ -68,6 +71,7 @@ def predicted_us(tile: HopperTile, shape: ConvFirstShape, processor: Processor) 
     block_us = BLOCK_US + PIECE_US * pieces + STEP_US * steps
     block_us += PRODUCT_SHARE * resident * tile.partitions * products * clock_us
     if tile.weight_chunks:
+        block_us += STREAM_STEP_US * steps
         chunk_bytes = ELEMENT_SIZE[shape.dtype] * tile.chunk_elements(shape.in_channels, shape.out_channels)
         block_us = max(block_us, steps * chunk_bytes * processor.processors / processor.global_bandwidth * 1e6)
     blocks = work.jobs * tile.pixels // BLOCK_PIXELS

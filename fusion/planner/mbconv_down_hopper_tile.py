@@ -17,8 +17,9 @@ from fusion.planner.mbconv_hopper_tile import (
     BYTES_PER_US,
     COMPILER_BYTES,
     COMPUTE_CAPABILITY,
-    DEPTH_US,
     FEWEST_TILES,
+    GATE_BYTES_PER_US,
+    GRAPH_SHARE_US,
     GROUP_REGISTERS,
     LAUNCH_US,
     LOCAL_MEMORY_BYTES,
@@ -27,17 +28,20 @@ from fusion.planner.mbconv_hopper_tile import (
     MAX_TILES_AT_ONCE,
     MIN_STAGES,
     PASS_REGISTERS,
+    PIECE_US,
     PRODUCT_CHANNELS,
     ROWS,
     STAGE_US,
     STEPS,
     SWEEP,
-    TAPS_PIECE_ELEMENTS,
     TILE_PIXELS,
-    TILE_US,
     TRIED_STAGES,
     WARPS,
     SweptChannels,
+    images_us,
+    ring_us,
+    rounds,
+    spilled_us,
     taps_pieces,
     why_block_unsupported,
     why_no_room,
@@ -50,10 +54,14 @@ PIECE = MAX_TILES_AT_ONCE
 MIN_PIECES = 2
 MAX_ROWS = 2 * ROWS
 MAX_COLUMNS = 32
-BLUR_US = 0.03
-"""Of a sweep and a tile, not measured: a tenth of its instructions."""
-STRIDED_SHARE = 0.6
-"""Of a tile's time, without the expansion, if a quarter of its pixels is convolved, not measured: its instructions."""
+# Fitted to nine blocks on an H200 and an H100 at batch 128 (compile*.json and network.json in bench/results): 6 % off
+# (root mean square). All other terms are those of stride 1.
+DOWN_TILE_US = 0.1
+"""Of a sweep and a tile: expanded, activated, and a quarter of its pixels convolved."""
+BLURRED_TILE_US = 0.21
+"""The same if all its pixels are convolved, and blurred."""
+DEPTH_US = 0.008
+"""Of a sweep, a tile and a product of depth 16 of the expansion."""
 GOOD_STAGES = 6
 """As many as are good where a pass of the stride-1 kernel has pixels for all warps."""
 
@@ -294,27 +302,28 @@ def programs_per_processor(tile: MBConvDownHopperTile, shape: MBConvDownShape, p
 
 
 def predicted_us(tile: MBConvDownHopperTile, shape: MBConvDownShape, processor: Processor) -> float:
-    """Predicted duration in microseconds, as that of stride 1: not measured."""
-    size = shape.height, shape.width
-    sweeps = tile.sweeps(shape.hidden_channels)
-    streamed = 0 if tile.resident else 2 * tile.out_pixels(*size)
-    # Of a hidden channel: rows of all matrices, and its pixels, which are written and read.
-    elements = (
-        16 * tile.depths(shape.in_channels)
-        + taps_pieces(shape.kernel_size) * TAPS_PIECE_ELEMENTS // SWEEP
-        + 32 * tile.squeeze_depths(shape.squeeze_channels)
+    """Predicted duration of a launch in microseconds, in the terms of stride 1 (`mbconv_hopper_tile`)."""
+    once = GRAPH_SHARE_US + LAUNCH_US + images_us(shape, shape.activation_bytes, processor)
+    return once + rounds(shape, processor) * _program_us(tile, shape, processor)
+
+
+def _program_us(tile: MBConvDownHopperTile, shape: MBConvDownShape, processor: Processor) -> float:
+    image = shape.height, shape.width
+    hidden, passes = tile.computed_hidden(*image, shape.hidden_channels), tile.passes(*image, shape.out_channels)
+    size, pixels = ELEMENT_SIZE[shape.dtype], tile.out_pixels(*image)
+    workspace = 0 if tile.resident else size * hidden * pixels
+    l2_bytes = size * hidden * passes * sum(tile.out_slabs(shape.out_channels)) + 2 * workspace
+    gate_bytes = size * hidden * 32 * tile.squeeze_depths(shape.squeeze_channels)
+    l2_us = l2_bytes / BYTES_PER_US + gate_bytes / GATE_BYTES_PER_US
+    pieces = tile.pieces(*image) * tile.sweeps(shape.hidden_channels)
+    if tile.splits_last(*image, shape.hidden_channels):
+        pieces -= tile.pieces(*image) // 2 - 1
+    tile_us = (BLURRED_TILE_US if shape.blur else DOWN_TILE_US) + DEPTH_US * tile.depths(shape.in_channels)
+    wait_us = ring_us(tile, hidden, pixels // passes) * passes
+    preference = abs(tile.stages - GOOD_STAGES) * STAGE_US + tile.step / max(STEPS) * STAGE_US
+    return (
+        pieces * (PIECE * tile_us + PIECE_US) + l2_us + spilled_us(shape, workspace, processor) + wait_us + preference
     )
-    elements += tile.passes(*size, shape.out_channels) * sum(tile.out_slabs(shape.out_channels)) + streamed
-    image_bytes = tile.input_bytes(*size, shape.in_channels) + tile.output_bytes(*size, shape.out_channels)
-    l2_us = (ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP * elements + image_bytes) / BYTES_PER_US
-    convolve_us = TILE_US + BLUR_US if shape.blur else STRIDED_SHARE * TILE_US
-    tile_us = convolve_us + DEPTH_US * tile.depths(shape.in_channels)
-    pieces = tile.pieces(*size) * sweeps
-    if tile.splits_last(*size, shape.hidden_channels):
-        pieces -= tile.pieces(*size) // 2 - 1
-    preferences = abs(tile.stages - GOOD_STAGES) * STAGE_US + tile.step / max(STEPS) * STAGE_US
-    rounds = ceil(shape.batch / processor.processors)
-    return LAUNCH_US + rounds * (pieces * PIECE * tile_us + l2_us + preferences)
 
 
 def candidate_tiles(shape: MBConvDownShape, processor: Processor) -> Iterator[MBConvDownHopperTile]:

@@ -60,19 +60,33 @@ COMPILER_BYTES = 512
 """Shared memory for barriers and alignment, at most."""
 MAX_IMAGES = 2**20
 
-# Fitted to measurements on an H200 at batch 128 (tests/planner/test_mbconv_hopper_tile.py).
-LAUNCH_US = 2.5
-TILE_US = 0.31
-"""Of a sweep and a tile."""
-DEPTH_US = 0.012
-"""Of a sweep, a tile and a product of depth 16 of the expansion."""
-BYTES_PER_US = 93e3
-"""That a processor moves from and to L2."""
-# Preferences rather than predictions: differences that were seen, or that follow from the design.
-PIECE_US = 0.02
-"""Of a sweep and what is expanded together: the fewer pieces, the fewer waits."""
-NARROW_STEP_US = 0.03
+# Fitted to blocks by themselves and in stages, on an H200 and an H100 at batch 128 (mbconv.json, compile*.json and
+# network.json in bench/results), and to 112 tiles on an H100 (mbconv_exploration.json): 4 % off, those tiles 7 % (root
+# mean square).
+LAUNCH_US = 1.6
+"""Start and tail of a launch, in a CUDA graph."""
+GRAPH_SHARE_US = 1.1
+"""Of the graph's own launch, if it has eight blocks, in one launch or in eight."""
+TILE_US = 0.25
+"""Of a sweep and a tile: expanded, activated, convolved."""
+PIECE_US = 0.15
+"""Of a sweep and what is expanded together: waits that its tiles share."""
+GATE_BYTES_PER_US = 23e3
+"""Weights of squeeze and excitation that a processor reads from L2: all read the same ones at once, with nothing to
+hide that behind."""
+BYTES_PER_US = 83e3
+"""Weights of the projection and hidden channels that a processor moves from and to L2 meanwhile. Those of expansion and
+convolution are hidden."""
+RING_US = 1.1e-3
+"""Of a turn of the projection's ring, for each pixel that it projects: the way to L2 and back, the longer the more the
+hidden channels keep L2 busy."""
+RING_CHANNELS = 160
+"""Hidden channels that are on their way at a time in a ring that is long enough."""
+CACHE_SHARE = 0.5
+"""Of the L2 cache that hidden channels of all programs have; the others' way is through DRAM."""
+NARROW_STEP_US = 0.04
 """Of a step of the projection that the warps divide by output channels, too: its products are short."""
+# A preference rather than a prediction.
 STAGE_US = 0.01
 """Of a stage more or less than are good."""
 
@@ -408,29 +422,59 @@ def programs_per_processor(tile: MBConvHopperTile, shape: MBConvShape, processor
 
 
 def predicted_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor) -> float:
-    """Predicted duration in microseconds: a fixed cost, and programs in rounds.
+    """Predicted duration in microseconds of a launch of one block.
 
-    A program's time is that of its tiles, and of what it reads from L2 and writes there.
+    A fixed cost, the images' way in and out, and programs in rounds (`_program_us`).
     """
-    columns = tile.columns(shape.width)
-    sweeps = tile.computed_hidden(shape.width, shape.hidden_channels) / SWEEP
+    return stage_us(tile, shape, processor, 1)
+
+
+def stage_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor, blocks: int) -> float:
+    """Predicted microseconds of a block in a launch of so many equal ones: they share what a launch costs, and the
+    images' way in and out."""
+    once = LAUNCH_US + images_us(shape, shape.pixels * shape.pixel_bytes, processor)
+    return GRAPH_SHARE_US + once / blocks + rounds(shape, processor) * _program_us(tile, shape, processor)
+
+
+def rounds(shape: MBConvShape | MBConvDownShape, processor: Processor) -> int:
+    """Images that a processor takes one after the other."""
+    return ceil(shape.batch / processor.processors)
+
+
+def images_us(shape: MBConvShape | MBConvDownShape, activation_bytes: int, processor: Processor) -> float:
+    """Microseconds of input and output, while nothing else happens: through DRAM, or of few images from and to L2."""
+    image_us = activation_bytes / shape.batch / BYTES_PER_US
+    return max(activation_bytes / processor.bandwidth * 1e6, rounds(shape, processor) * image_us)
+
+
+def spilled_us(shape: MBConvShape | MBConvDownShape, workspace_bytes: int, processor: Processor) -> float:
+    """Microseconds in which hidden channels go to DRAM and back for which L2 has no room, where each program has so
+    many bytes of them."""
+    programs = min(shape.batch, processor.processors)
+    spilled = max(0, programs * workspace_bytes - CACHE_SHARE * processor.global_memory_bytes)
+    return 2 * spilled / processor.bandwidth * 1e6
+
+
+def _program_us(tile: MBConvHopperTile, shape: MBConvShape, processor: Processor) -> float:
+    """Of an image, apart from its way in and out: its tiles, what nothing hides of the weights' and hidden channels'
+    way from and to L2, or DRAM, and the waits of the projection."""
+    columns, hidden = tile.columns(shape.width), tile.computed_hidden(shape.width, shape.hidden_channels)
     passes = tile.passes(shape.width, shape.out_channels)
-    streamed = 0 if is_resident(tile, shape) else 2 * tile.pixels(shape.width)
-    # Of a hidden channel: rows of all matrices, and its pixels, which are written and read.
-    elements = (
-        16 * tile.depths(shape.in_channels)
-        + taps_pieces(shape.kernel_size) * TAPS_PIECE_ELEMENTS // SWEEP
-        + 32 * tile.squeeze_depths(shape.squeeze_channels)
-    )
-    elements += passes * sum(tile.out_slabs(shape.out_channels)) + streamed
-    l2_us = ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP * elements / BYTES_PER_US
-    tile_us = TILE_US + DEPTH_US * tile.depths(shape.in_channels)
-    narrow = tile.pixels(shape.width) < TILE_PIXELS * WARPS
-    preferences = sweeps * columns / tile.piece * PIECE_US
-    preferences += abs(tile.stages - (GOOD_NARROW_STAGES if narrow else GOOD_STAGES)) * STAGE_US
-    preferences += sweeps * SWEEP / tile.step * NARROW_STEP_US if narrow else tile.step / max(STEPS) * STAGE_US
-    rounds = ceil(shape.batch / processor.processors)
-    return LAUNCH_US + rounds * (sweeps * columns * tile_us + l2_us + preferences)
+    size, pixels = ELEMENT_SIZE[shape.dtype], tile.pixels(shape.width)
+    workspace = 0 if is_resident(tile, shape) else size * hidden * pixels
+    l2_bytes = size * hidden * passes * sum(tile.out_slabs(shape.out_channels)) + 2 * workspace
+    gate_bytes = size * hidden * 32 * tile.squeeze_depths(shape.squeeze_channels)
+    l2_us = l2_bytes / BYTES_PER_US + gate_bytes / GATE_BYTES_PER_US
+    produce_us = hidden / SWEEP * columns * (TILE_US + PIECE_US / tile.piece)
+    narrow = pixels < TILE_PIXELS * WARPS
+    wait_us = ring_us(tile, hidden, pixels // passes) * passes + narrow * hidden / tile.step * NARROW_STEP_US
+    preference = abs(tile.stages - (GOOD_NARROW_STAGES if narrow else GOOD_STAGES)) * STAGE_US
+    return produce_us + l2_us + spilled_us(shape, workspace, processor) + wait_us + preference
+
+
+def ring_us(tile: SweptChannels, hidden: int, pixels: int) -> float:
+    """Microseconds that a pass of the projection over `hidden` channels of so many pixels waits for its ring."""
+    return hidden / min((tile.stages - 1) * tile.step, RING_CHANNELS) * pixels * RING_US
 
 
 def candidate_tiles(shape: MBConvShape, processor: Processor) -> Iterator[MBConvHopperTile]:

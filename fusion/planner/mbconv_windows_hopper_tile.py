@@ -19,19 +19,21 @@ from fusion.planner.mbconv_hopper_tile import (
     BIAS_CHANNELS,
     COMPILER_BYTES,
     COMPUTE_CAPABILITY,
+    GRAPH_SHARE_US,
     GROUP_REGISTERS,
     LANES,
-    LAUNCH_US,
     LOCAL_MEMORY_BYTES,
     MAX_STAGES,
     MIN_STAGES,
     PRODUCT_CHANNELS,
     STEPS,
     SWEEP,
-    TAPS_PIECE_ELEMENTS,
     TILE_PIXELS,
     WARPS,
     SweptChannels,
+    images_us,
+    rounds,
+    spilled_us,
     taps_pieces,
     why_no_room,
 )
@@ -43,19 +45,25 @@ MIN_PIECES = 2
 PASS_TILES = (8, 16)
 """Of pixels that are projected together: rows of products for all warps."""
 TRIED_STAGES = (6, 4, 3, 2)
-# Fitted to measurements on an H200 and an H100 at batch 128 (tests/planner/test_mbconv_windows_hopper_tile.py).
-TILE_US = 0.24
-"""Of a sweep and a tile."""
-PIECE_US = 0.1
-"""Of a sweep and what is expanded together."""
-SHARES = {(1, 3): 1.0, (1, 5): 1.7, (2, 3): 0.73, (2, 5): 0.9}
-"""Of that time by stride and kernel size: of stride 2 a quarter of the pixels is convolved."""
-STEP_US = 0.08
+# Fitted to 18 blocks with 5 to 16 tiles each and to 16 planned ones, on an H200 and an H100 at batch 128
+# (mbconv_windows_exploration.json, and mbconv_windows.json and compile.json of the H200, in bench/results): 5 % off
+# (root mean square).
+LAUNCH_US = 5.6
+"""Of a launch: start, first window, gates, tail."""
+TILE_US = {(1, 3): 0.097, (1, 5): 0.273, (2, 3): 0.063, (2, 5): 0.15}
+"""Of a sweep and a tile, by stride and kernel size: activated and convolved. Of stride 2 a quarter of the pixels is."""
+DEPTH_US = 0.012
+"""Of a sweep, a tile and a product of depth 16 of the expansion."""
+PIECE_US = 0.16
+"""Of a sweep and what is expanded together: waits that its tiles share."""
+STEP_US = 0.13
 """Of a step of the projection."""
-WEIGHT_BYTES_PER_US = 66e3
-"""That a processor reads from L2."""
-HIDDEN_BYTES_PER_US = 39e3
-"""That a processor writes to and reads from L2, which has no room for all workspaces."""
+WEIGHT_BYTES_PER_US = 59e3
+"""Weights of the projection that a processor reads from L2 meanwhile."""
+HIDDEN_BYTES_PER_US = 43e3
+"""Hidden channels that a processor writes to and reads from L2."""
+SPILLED_SHARE = 0.3
+"""Part of the way of hidden channels through DRAM, for which L2 has no room, that is not hidden."""
 STAGE_US = 0.01
 """Of a stage more or less than `GOOD_STAGES`, a preference."""
 GOOD_STAGES = 4
@@ -289,27 +297,29 @@ def programs_per_processor(tile: WindowsTile, shape: MBConvShape | MBConvDownSha
 
 
 def predicted_us(tile: WindowsTile, shape: MBConvShape | MBConvDownShape, processor: Processor) -> float:
-    """Predicted duration in microseconds: a fixed cost, and programs in rounds.
+    """Predicted duration of a launch in microseconds: a fixed cost, the images' way in and out, and programs in rounds.
 
-    A program's time is that of its tiles, and of what it reads from L2 and writes there.
+    A program's time is that of its tiles, of the steps of its projection, and what nothing hides of what it reads from
+    L2 and writes there, or to DRAM.
     """
-    columns, count = tile.columns(shape.width), tile.windows(shape.height, shape.kernel_size)
-    sweeps = tile.sweeps(shape.hidden_channels)
-    passes = tile.passes(shape.height, shape.width)
-    taps = taps_pieces(shape.kernel_size) * TAPS_PIECE_ELEMENTS
-    # Of a hidden channel: rows of all matrices, and its pixels, which are written and read.
-    weights = count * (16 * tile.depths(shape.in_channels) + taps // SWEEP)
-    weights += 32 * tile.squeeze_depths(shape.squeeze_channels) + passes * sum(tile.out_slabs(shape.out_channels))
-    pixels = 2 * passes * tile.pass_pixels()
-    bytes_us = weights / WEIGHT_BYTES_PER_US + pixels / HIDDEN_BYTES_PER_US
-    bytes_us *= ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP
-    tiles = sweeps * count * columns
+    outputs = shape.out_height * shape.out_width * shape.out_channels
+    elements = shape.batch * (shape.height * shape.width * shape.in_channels + outputs)
+    once = GRAPH_SHARE_US + LAUNCH_US + images_us(shape, ELEMENT_SIZE[shape.dtype] * elements, processor)
+    return once + rounds(shape, processor) * _program_us(tile, shape, processor)
+
+
+def _program_us(tile: WindowsTile, shape: MBConvShape | MBConvDownShape, processor: Processor) -> float:
+    """Of an image, apart from its way in and out."""
+    sweeps, passes = tile.sweeps(shape.hidden_channels), tile.passes(shape.height, shape.width)
+    hidden_bytes = ELEMENT_SIZE[shape.dtype] * sweeps * SWEEP * passes
+    workspace = hidden_bytes * tile.pass_pixels()
+    l2_us = hidden_bytes * sum(tile.out_slabs(shape.out_channels)) / WEIGHT_BYTES_PER_US
+    l2_us += 2 * workspace / HIDDEN_BYTES_PER_US + SPILLED_SHARE * spilled_us(shape, workspace, processor)
+    tiles = sweeps * tile.windows(shape.height, shape.kernel_size) * tile.columns(shape.width)
+    tile_us = TILE_US[tile.STRIDE, shape.kernel_size] + DEPTH_US * tile.depths(shape.in_channels)
     steps = passes * sweeps * SWEEP / tile.step
-    tile_us = TILE_US + PIECE_US / tile.piece
-    tile_us *= SHARES[tile.STRIDE, shape.kernel_size]
-    work_us = tiles * tile_us + steps * STEP_US + abs(tile.stages - GOOD_STAGES) * STAGE_US
-    rounds = ceil(shape.batch / processor.processors)
-    return LAUNCH_US + rounds * (work_us + bytes_us)
+    preference = abs(tile.stages - GOOD_STAGES) * STAGE_US
+    return tiles * (tile_us + PIECE_US / tile.piece) + steps * STEP_US + l2_us + preference
 
 
 def candidate_tiles(shape: MBConvShape | MBConvDownShape, processor: Processor) -> Iterator[WindowsTile]:

@@ -43,9 +43,10 @@ class Rejection:
 class Plan:
     """How a block runs on a processor.
 
-    The type of `tile` says which kernel runs. Times are in microseconds: `predicted_us` is the planner's estimate,
-    `measured_us` what a tuner measured, if it did. `why` and `rejected` say how the choice came about. `str(plan)` is
-    the whole of it; `repr(plan.tile)` can be pasted back as the `tile` of `plan_block`.
+    The type of `tile` says which kernel runs. Times are in microseconds: `predicted_us` is the planner's estimate for
+    the block with a launch of its own, `measured_us` what a tuner measured, if it did. `why` and `rejected` say how the
+    choice came about. `str(plan)` is the whole of it; `repr(plan.tile)` can be pasted back as the `tile` of
+    `plan_block`.
     """
 
     program: Program
@@ -83,8 +84,15 @@ class Plan:
 
     @property
     def predicted_us(self) -> float:
-        """Predicted duration in microseconds."""
+        """Predicted duration in microseconds of the block with a launch of its own."""
         return self.family.predicted_us(self.tile, self.shape, self.processor)
+
+    def predicted_stage_us(self, blocks: int) -> float:
+        """Predicted microseconds of one of so many equal blocks that follow each other: in one launch if the kernel
+        can take them, else as `predicted_us`. A kernel takes several only if they have residuals."""
+        if self.family.stage_us is None or not self.shape.residual:
+            return self.predicted_us
+        return self.family.stage_us(self.tile, self.shape, self.processor, blocks)
 
     @property
     def limit_us(self) -> float:

@@ -42,10 +42,13 @@ MAX_WARPS = 8
 MAX_GRID = 65535
 """Programs along the second and the third dimension of a launch."""
 
-# Not fitted to measurements yet.
+# Fitted to eight stems on an H200 and an H100 at batch 128 (compile*.json, stride2_exploration.json in bench/results):
+# 8 % off (root mean square).
 LAUNCH_US = 4.0
-DRAM_SHARE = 0.85
+DRAM_SHARE = 0.9
 """Part of the bandwidth that reading and writing at once can have."""
+LOCAL_BYTES_PER_US = 72e3
+"""Windows, and outputs on their way to where they are stored, that a processor moves to and from shared memory."""
 PROGRAM_US = 1.0
 """Latency of a program from its first load to its last store, without what it has to do meanwhile."""
 WARP_ROWS = 32
@@ -243,9 +246,9 @@ def programs_per_processor(tile: StemTile, shape: StemShape, processor: Processo
 def predicted_us(tile: StemTile, shape: StemShape, processor: Processor) -> float:
     """Predicted duration of a launch in microseconds.
 
-    A fixed cost, and the largest of three times: input and output through DRAM, the products as the kernel pads them,
-    and the latency of one program after the other. Few programs leave processors, and so bandwidth, idle. What tiles
-    reach past the image costs less than what lies in it.
+    A fixed cost, and the largest of four times: input and output through DRAM, windows and output through shared
+    memory, the products as the kernel pads them, and the latency of one program after the other. Few programs leave
+    processors, and so bandwidth, idle. What tiles reach past the image costs DRAM less than what lies in it.
     """
     programs = tile.programs(shape.batch, shape.out_height, shape.out_width)
     covered = programs * tile.height * tile.width / (shape.batch * shape.out_height * shape.out_width)
@@ -258,7 +261,9 @@ def predicted_us(tile: StemTile, shape: StemShape, processor: Processor) -> floa
     product_us = ops / (PRODUCT_SHARE * busy * processor.peak_ops) * 1e6
     program_us = PROGRAM_US * (1 + tile.rows / (WARP_ROWS * tile.warps))
     latency_us = program_us * max(1.0, load / occupancy)
-    return LAUNCH_US + max(dram_us * covered**0.5 / min(1.0, load), product_us, latency_us)
+    local_bytes = 2 * ELEMENT_SIZE[shape.dtype] * tile.rows * (depth + tile.columns(shape.out_channels))
+    local_us = max(1.0, load) * local_bytes / LOCAL_BYTES_PER_US
+    return LAUNCH_US + max(dram_us * covered**0.5 / min(1.0, load), local_us, product_us, latency_us)
 
 
 def candidate_tiles(shape: StemShape, processor: Processor) -> Iterator[StemTile]:

@@ -12,7 +12,7 @@ from math import ceil
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import ConvFirstShape
 from fusion.planner.processor import Processor
-from fusion.planner.slabs import slab_widths
+from fusion.planner.slabs import NARROWEST, slab_widths
 
 KERNEL_DTYPES = ("float16", "bfloat16")
 CHANNEL_MULTIPLE = 8
@@ -38,15 +38,41 @@ TENSOR_MEMORY_LANES = 128
 TENSOR_CORES = 4
 """Of a streaming multiprocessor, each serving the warps of its own quarter."""
 
-# Fitted to tiles of the eight blocks of the paper's table 1, on an H200 at batch 128; bench/measure_tiles.py tells how
-# well predictions and measurements agree.
-LAUNCH_US = 6.7
-STEP_US = 0.1
-"""One dependent step of a program: barrier, product, and the wait for its operands."""
-PRODUCT_SHARE = 0.9
-"""Part of the matrix products' time that is not hidden behind other work."""
-VIEW_SHARE = 0.7
+# Fitted to 397 tiles of nine blocks and to six blocks of a network, on an H200 at batch 128 (tiles.json and
+# compile.json in bench/results/h200). The 15 fastest tiles of each block are 5 % off (root mean square).
+LAUNCH_US = 6.0
+"""Of a launch in a CUDA graph of eight: start, first loads and tail, and its share of the graph's own launch."""
+WARPGROUP_SHARE = 0.58
+"""Part of the time of expansion and projection, as products of warpgroups, that is not hidden behind other work."""
+MMA_SHARE = 0.88
+"""The same for products of single warps."""
+MMA_RATE = 0.62
+"""Of the peak that products of single warps reach where the peak is that of warpgroups."""
+NARROWEST_COST = 8.0
+"""Time of a warpgroup's projection to a slab of 16 channels over its share of a wider one's. Seen with 16 and 48
+channels; the products alone do not explain it."""
+VIEW_SHARE = 0.62
 """Part of the time for the nine views of the input through global memory that is not hidden."""
+STRADDLE_SHARE = 0.47
+"""More of it, if pixels do not start and end with sectors. Seen with 24 channels."""
+SECTOR_BYTES = 32
+"""Of global memory that are read together."""
+WEIGHT_SHARE = 0.31
+"""Part of the time for weights through global memory, all of them for each program, that is not hidden."""
+MOST_BANDWIDTH = 2
+"""Of global memory that a processor may have over its share, if others have nothing to do."""
+ALONE_SHARE = 0.3
+"""How much longer all that takes a program that has a processor to itself: nothing else runs while it waits."""
+STEP_US = 0.028
+"""One dependent step of a program of `STEP_PIXELS` pixels: barrier, product, and moving its operands."""
+STEP_PIXELS = 128
+LONE_WARP_US = 0.038
+"""More of a step if a program has one warp, which does nothing while it waits."""
+WAIT_US = 0.16
+"""A step's wait for global memory, divided by the steps that a pipeline is ahead."""
+SPILL_EXPONENT = 1.5
+"""Of estimated registers over available ones, as a factor of the time: warpgroups' products then run one after the
+other. Products of single warps were as fast with 1.3 times as many."""
 
 
 @dataclass(frozen=True)
@@ -217,30 +243,87 @@ def programs_per_processor(tile: ConvFirstTile, shape: ConvFirstShape, processor
     )
 
 
+@dataclass(frozen=True)
+class PortableWork:
+    """What a portable ConvFirst kernel does for a launch.
+
+    `pixels`, `warps` and `registers`, of a thread, are those of one of its `programs`, of which a processor holds
+    `occupancy` at a time. OPs and bytes are those of all programs; `narrow_ops` are of projections to slabs of 16
+    channels, which `ffn_ops` has too. A program takes `steps` one after the other, and `waits` times as long for global
+    memory as if nothing was loaded ahead.
+    """
+
+    programs: int
+    pixels: int
+    warps: int
+    registers: float
+    occupancy: int
+    conv_ops: float
+    ffn_ops: float
+    narrow_ops: float
+    view_bytes: float
+    straddles: bool
+    weight_bytes: float
+    steps: int
+    waits: float
+
+
 def predicted_us(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processor) -> float:
     """Predicted duration of a launch in microseconds.
 
-    A fixed cost, the matrix products as the kernel pads them, the nine views of the input out of global memory, and
-    the latency of the dependent steps of one program after the other, constants fitted to measurements. Few programs
-    leave processors idle, few warps leave tensor cores of a processor idle, and registers that spill slow all of it. It
-    takes at least as long as the activations through DRAM, which a convolution of stride 2 has more of than views.
+    A fixed cost, and the work of all programs (`work_us`). It takes at least as long as the activations through DRAM,
+    which a convolution of stride 2 has more of than views.
     """
     in_slabs, out_slabs = tile.in_slabs(shape.in_channels), tile.out_slabs(shape.out_channels)
     hidden = tile.padded_hidden(shape.hidden_channels)
     programs = tile.programs(shape.batch, shape.out_height, shape.out_width)
-    pixels = programs * tile.pixels
-    product_ops = 2 * pixels * (9 * sum(slab * slab for slab in in_slabs) + hidden * _padded_in_and_out(tile, shape))
-    view_bytes = ELEMENT_SIZE[shape.dtype] * pixels * 9 * sum(in_slabs)
-    steps = 9 * len(in_slabs) + hidden // tile.hidden * (len(in_slabs) + len(out_slabs))
-    occupancy = programs_per_processor(tile, shape, processor)
-    waves = max(1.0, programs / (processor.processors * occupancy))
-    load = programs / processor.processors
-    busy = min(1.0, load) * min(1.0, min(occupancy, ceil(load)) * tile.warps / TENSOR_CORES)
-    spill = max(1.0, estimated_registers(tile, shape) / MAX_REGISTERS) ** 0.5
-    product_us = PRODUCT_SHARE * product_ops / (busy * processor.peak_ops) * 1e6
-    view_us = VIEW_SHARE * view_bytes / processor.global_bandwidth * 1e6
-    dram_us = shape.activation_bytes / processor.bandwidth * 1e6
-    return LAUNCH_US + max(spill * (product_us + view_us + STEP_US * waves * steps), dram_us)
+    pixels, size = programs * tile.pixels, ELEMENT_SIZE[shape.dtype]
+    taps, hidden_steps = 9 * sum(slab * slab for slab in in_slabs), hidden // tile.hidden
+    work = PortableWork(
+        programs,
+        tile.pixels,
+        tile.warps,
+        estimated_registers(tile, shape),
+        programs_per_processor(tile, shape, processor),
+        conv_ops=2 * pixels * taps,
+        ffn_ops=2 * pixels * hidden * _padded_in_and_out(tile, shape),
+        narrow_ops=2 * pixels * hidden * NARROWEST * out_slabs.count(NARROWEST),
+        view_bytes=size * pixels * 9 * sum(in_slabs),
+        straddles=size * shape.in_channels % SECTOR_BYTES > 0,
+        weight_bytes=size * programs * (taps + hidden * _padded_in_and_out(tile, shape)),
+        steps=9 * len(in_slabs) + hidden_steps * (len(in_slabs) + len(out_slabs)),
+        waits=9 * len(in_slabs) / (tile.conv_stages - 1) + hidden_steps / (tile.ffn_stages - 1),
+    )
+    return LAUNCH_US + max(work_us(work, processor), shape.activation_bytes / processor.bandwidth * 1e6)
+
+
+def work_us(work: PortableWork, processor: Processor) -> float:
+    """Microseconds of a launch of a portable ConvFirst kernel, without a launch's fixed cost.
+
+    Matrix products as the kernel pads them, the convolution's only where they take longer than its views of the input
+    through global memory; weights; and the latency of the dependent steps of one program after the other. Few programs
+    leave processors idle, few warps leave tensor cores of a processor idle, a processor with few programs waits for
+    them, and registers that spill slow the products of warpgroups.
+    """
+    load = work.programs / processor.processors
+    resident, working = min(work.occupancy, ceil(load)), min(1.0, load)
+    busy = working * min(1.0, resident * work.warps / TENSOR_CORES)
+    has_warpgroups = processor.compute_capability[0] >= 9
+    spill, narrow_ops = 1.0, 0.0
+    if has_warpgroups and work.warps >= WARPGROUP and work.pixels >= WARPGROUP_ROWS:
+        spill = max(1.0, work.registers / MAX_REGISTERS) ** SPILL_EXPONENT
+        share, narrow_ops = WARPGROUP_SHARE, (NARROWEST_COST - 1) * work.narrow_ops
+    else:
+        share = MMA_SHARE / (MMA_RATE if has_warpgroups else 1)
+    product_us = share / (busy * processor.peak_ops) * 1e6
+    bytes_us = 1 / (min(1.0, MOST_BANDWIDTH * load) * processor.global_bandwidth) * 1e6
+    view_us = (VIEW_SHARE + STRADDLE_SHARE * work.straddles) * bytes_us * work.view_bytes
+    us = product_us * (work.ffn_ops + narrow_ops) + WEIGHT_SHARE * bytes_us * work.weight_bytes
+    us += max(product_us * work.conv_ops, view_us)
+    waves = max(1.0, work.programs / (processor.processors * work.occupancy))
+    step_us = STEP_US * work.pixels / STEP_PIXELS + LONE_WARP_US * (work.warps == 1)
+    latency_us = step_us * work.steps + WAIT_US * work.waits
+    return spill * ((1 + ALONE_SHARE / resident) * us + waves * latency_us)
 
 
 def candidate_tiles(shape: ConvFirstShape, processor: Processor) -> Iterator[ConvFirstTile]:

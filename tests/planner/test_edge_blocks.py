@@ -89,7 +89,7 @@ def test_only_blocks_that_end_in_a_pool_have_a_pooled_program():
 def test_plans():
     plan = plan_block(stem(128, 256, 256, 3, 32), "h200")
     assert (plan.kernel, plan.program.name) == ("stem", "fused")
-    assert plan.limit_us < plan.predicted_us < 1.4 * plan.limit_us
+    assert plan.limit_us < plan.predicted_us < 1.5 * plan.limit_us
     assert plan_block(stem(128, 256, 256, 3, 32), "h200", plan.tile).tile == plan.tile
     plan = plan_block(head(128, 8, 8, 128, 1280), "h200")
     assert plan.kernel == "head"

@@ -146,12 +146,14 @@ def test_candidates_are_valid_and_distinct(module, shape, processor):
     assert module.why_none(shape, processor) is None
 
 
-@pytest.mark.parametrize("channels, limit_us", [(16, 27.3), (24, 35.1), (32, 42.9)])
-def test_a_stem_is_predicted_to_be_bound_by_memory(channels, limit_us):
+@pytest.mark.parametrize("channels, bytes_us, measured_us", [(16, 27.3, 42.2), (24, 35.1, 64.0), (32, 42.9, 60.9)])
+def test_a_stem_takes_longer_than_its_bytes_do(channels, bytes_us, measured_us):
+    """Measured on an H200: compile_pico.json and compile_small.json, and 24 channels with four warps instead of eight
+    in stride2_exploration.json."""
     shape = stem_shape(out_channels=channels)
-    assert shape.activation_bytes / H200.bandwidth * 1e6 == pytest.approx(limit_us, abs=0.1)
+    assert shape.activation_bytes / H200.bandwidth * 1e6 == pytest.approx(bytes_us, abs=0.1)
     best = min(stem_tile.predicted_us(tile, shape, H200) for tile in stem_tile.candidate_tiles(shape, H200))
-    assert limit_us < best < 1.4 * limit_us
+    assert bytes_us < best == pytest.approx(measured_us, rel=0.1)
 
 
 def test_activations_of_a_head_take_time():

@@ -190,3 +190,37 @@ def test_predictions_grow_with_the_work():
     assert predicted_us(TILE, replace(SHAPE, hidden_channels=768), H200) > 1.2 * us
     assert predicted_us(replace(TILE, hidden=256), replace(SHAPE, hidden_channels=257), H200) > us
     assert predicted_us(TILE, SHAPE, PROCESSORS["a5000"]) > 2 * us
+
+
+def test_small_tiles_pay_for_weights_and_lone_warps_for_their_steps():
+    """Measured on an H200 with 32, 3, 128: 301 us with 128 pixels, 401 with 64, 665 with 32, which is predicted to take
+    less; with 16, 3, 128: 115 with two warps, 133 with one."""
+    shape, tile = block(32, 3, 128), ConvFirstTile(16, 16, 16, 32, 2)
+    us = [predicted_us(replace(tile, height=height, width=8, warps=1), shape, H200) for height in (16, 8, 4)]
+    assert us == sorted(us) and us[-1] > 1.3 * us[0]
+    slow = replace(H200, global_bandwidth=H200.global_bandwidth / 2)
+    assert predicted_us(tile, shape, slow) > 1.5 * predicted_us(tile, shape, H200)
+    lone = ConvFirstTile(8, 16, 16, 16, 1)
+    assert predicted_us(lone, block(16, 3, 128), H200) > predicted_us(replace(lone, warps=2), block(16, 3, 128), H200)
+
+
+def test_products_of_single_warps_are_slow_where_the_peak_is_that_of_warpgroups():
+    """On an A100 they are all that there is."""
+    shape, warpgroup = replace(SHAPE, hidden_channels=4096), ConvFirstTile(8, 16, 32, 64, 4)
+    warps = replace(warpgroup, warps=2)
+    assert predicted_us(warps, shape, H200) > 1.3 * predicted_us(warpgroup, shape, H200)
+    a100 = PROCESSORS["a100"]
+    assert predicted_us(warps, shape, a100) < 1.3 * predicted_us(warpgroup, shape, a100)
+
+
+def test_pixels_that_straddle_sectors_take_longer():
+    """24 channels are 48 bytes; they took 353 us on an H200 where 32 channels took 272."""
+    tile = ConvFirstTile(16, 16, 16, 32, 2)
+    assert predicted_us(tile, block(24, 3, 128), H200) > 1.2 * predicted_us(tile, block(32, 3, 128), H200)
+
+
+def test_one_program_leaves_a_processor_idle_at_times():
+    """As many pixels a thread: 203 us with two programs of 128 pixels on an H200, 249 with one of 256."""
+    two, one = ConvFirstTile(8, 16, 64, 64, 4), ConvFirstTile(16, 16, 64, 64, 8)
+    assert programs_per_processor(two, SHAPE, H200) == 2 and programs_per_processor(one, SHAPE, H200) == 1
+    assert predicted_us(one, SHAPE, H200) > predicted_us(two, SHAPE, H200)

@@ -72,6 +72,9 @@ class BlockCommand:
         parser.add_argument(
             "--no-tune", action="store_true", help="take the planner's tile instead of the fastest of a search"
         )
+        parser.add_argument(
+            "--portable", action="store_true", help="take the portable kernel, with the planner's tile, on any GPU"
+        )
         parser.add_argument("--retune", action="store_true", help="search even if a tuned tile is in the cache")
         parser.add_argument("--json", metavar="PATH", help="write meta data and rows as JSON")
         parser.add_argument(

@@ -33,8 +33,8 @@ def measure_blocks(blocks: Sequence[BlockConfig], args: argparse.Namespace, prot
     processor = probe_processor() if args.processor is None else get_processor(args.processor)
     meta = report.collect_meta(protocol, processor, batch=args.batch, dtype=args.dtype, timed=True)
     graphs = [config.graph(args.batch, args.dtype) for config in blocks]
-    if args.no_tune:
-        plans = [plan_block(graph, processor) for graph in graphs]
+    if args.no_tune or args.portable:
+        plans = [plan_block(graph, processor, portable=args.portable) for graph in graphs]
     else:
         plans = tune_blocks(graphs, processor, refresh=args.retune)
     rows = []

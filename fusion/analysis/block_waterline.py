@@ -22,5 +22,6 @@ def block_waterline(graph: BlockGraph, processor: str | Processor, name: str) ->
         gain = BlockGain(name, graph.name, None, str(error), layers.min_latency, fused.min_latency, layers.min_latency)
         return NetworkWaterline(name, processor, graph.dtype, layers, layers, fused, (gain,))
     planned = analyze(plan.program, processor)
-    gain = BlockGain(name, graph.name, plan.kernel, "", layers.min_latency, planned.min_latency, layers.min_latency)
+    latencies = (layers.min_latency, planned.min_latency, layers.min_latency)
+    gain = BlockGain(name, graph.name, plan.kernel, "", *latencies, plan.predicted_us / 1e6)
     return NetworkWaterline(name, processor, graph.dtype, layers, planned, planned, (gain,))

@@ -12,7 +12,7 @@ from fusion.frontend.find import FoundBlock
 from fusion.fused_module import FusedModule, call_arguments
 from fusion.fusing import lazy_tuner
 from fusion.planner.graph import ELEMENT_SIZE, OpKind
-from fusion.planner.plan import PlanError
+from fusion.planner.plan import Plan, PlanError
 from fusion.planner.processor import Processor, get_processor
 from fusion.planner.program import Kernel
 from fusion.planner.waterline import analyze
@@ -89,7 +89,10 @@ def waterline(
             for owner, bound in zip(everything.blocks, all_fused.kernels, strict=True)
             if owner == block_name
         )
-        return BlockGain(block_name, block.found.kind, block.family, block.reason, before, after, whole.min_latency)
+        kernel, predicted = (block.plan.kernel, block.plan.predicted_us / 1e6) if block.plan else (None, None)
+        return BlockGain(
+            block_name, block.found.kind, kernel, block.reason, before, after, whole.min_latency, predicted
+        )
 
     return NetworkWaterline(
         name or type(model).__name__,
@@ -119,11 +122,12 @@ class Kernels:
 
 @dataclass(frozen=True)
 class _FusedBlock:
-    """A block that was found, and the kernels that the planner runs it with; None if it has none, for a reason."""
+    """A block that was found, the kernels that the planner runs it with, and its plan; None if it has none, for a
+    reason."""
 
     found: FoundBlock
     kernels: tuple[Kernel, ...] | None
-    family: str | None = None
+    plan: Plan | None = None
     reason: str = ""
 
 
@@ -138,7 +142,7 @@ def _fused_block(found: FoundBlock, dtype: str, processor: Processor) -> _FusedB
     kernels = plan.program.kernels
     suffixes = [""] if len(kernels) == 1 else [f" ({kernel.name})" for kernel in kernels]
     named = tuple(replace(kernel, name=found.name + suffix) for kernel, suffix in zip(kernels, suffixes, strict=True))
-    return _FusedBlock(found, named, plan.kernel)
+    return _FusedBlock(found, named, plan)
 
 
 def _with_fused(captured: Captured, dtype: str, blocks: Sequence[_FusedBlock]) -> Kernels:

@@ -6,10 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from fusion.planner.processor import Processor
 from fusion.planner.waterline import KernelBound, Waterline
 from fusion.wide_text import wide_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class BlockGain:
     `kernel` is the kernel family that the planner runs it with on the processor; None if none does, and `reason` then
     says why. Minimum latencies are in seconds: `layerwise` sums up the block's layers, `fused` the kernels of its fused
     program, or what one kernel for all of it would take, whose input, weights and output alone are in DRAM.
+    `predicted` is what the planner expects of its kernel, in seconds, too; None without one.
     """
 
     name: str
@@ -29,6 +34,7 @@ class BlockGain:
     fused: float
     network: float
     """Minimum latency of the network, layer by layer."""
+    predicted: float | None = None
 
     @property
     def gain(self) -> float:
@@ -120,6 +126,7 @@ class NetworkWaterline:
                     "reason": block.reason,
                     "layerwise_us": block.layerwise * 1e6,
                     "fused_us": block.fused * 1e6,
+                    "predicted_us": None if block.predicted is None else block.predicted * 1e6,
                     "network_gain": block.gain,
                 }
                 for block in self.blocks
@@ -145,21 +152,22 @@ class NetworkWaterline:
                 file.write(text)
         return text
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the programs as the paper's figures 3 and 15 do, one under the other.
+    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
+        """The programs as the paper's figures 3 and 15 draw them, one under the other; saved if there is a path.
 
         Raises ValueError for another suffix than .png, .svg or .pdf, OSError if the file cannot be written.
         """
-        plot_programs([(self.name, program, line) for program, line in self.programs.items()], path)
+        return plot_programs([(self.name, program, line) for program, line in self.programs.items()], path)
 
 
-def plot_programs(programs: Sequence[tuple[str, str, Waterline]], path: str | os.PathLike[str]) -> None:
+def plot_programs(
+    programs: Sequence[tuple[str, str, Waterline]], path: str | os.PathLike[str] | None = None
+) -> "Figure":
     """Draw programs, given as network, name and waterline, on one page. Raises as `NetworkWaterline.plot` does."""
     from fusion.plots.waterline_plot import WaterlinePanel, plot_waterline
 
-    plot_waterline(
-        [WaterlinePanel(f"{name}, {PROGRAM_TITLES[program]}", line) for name, program, line in programs], path
-    )
+    panels = [WaterlinePanel(f"{name}, {PROGRAM_TITLES[program]}", line) for name, program, line in programs]
+    return plot_waterline(panels, path)
 
 
 PROGRAM_TITLES = {
@@ -222,7 +230,8 @@ def _programs_table(programs: dict[str, Waterline]) -> object:
 
 def _blocks_table(blocks: Sequence[BlockGain]) -> object:
     """A row for each run of equal blocks, which are fused together."""
-    table = _table(("block", "kind", "blocks", "layer-wise µs each", "fused µs each", "network's gain", "kernel"))
+    titles = ("block", "kind", "blocks", "layer-wise µs each", "fused µs each", "network's gain", "predicted µs each")
+    table = _table((*titles, "kernel"))
     for _, group in groupby(blocks, key=lambda block: (block.kind, block.kernel, block.layerwise, block.fused)):
         run = list(group)
         first, last = run[0], run[-1]
@@ -234,6 +243,7 @@ def _blocks_table(blocks: Sequence[BlockGain]) -> object:
             f"{first.layerwise * 1e6:.1f}",
             f"{first.fused * 1e6:.1f}",
             f"{first.network / (first.network - spared):.2f}x",
+            "-" if first.predicted is None else f"{first.predicted * 1e6:.1f}",
             first.kernel or f"none: {first.reason}",
         )
     return table

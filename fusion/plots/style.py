@@ -59,12 +59,13 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def new_figure(path: str | os.PathLike[str], height: float, width: float = WIDTH) -> "Iterator[Figure]":
-    """A figure of this size in inches, for the body of the `with`, then saved.
+def new_figure(path: str | os.PathLike[str] | None, height: float, width: float = WIDTH) -> "Iterator[Figure]":
+    """A figure of this size in inches, for the body of the `with`, then saved if there is a path.
 
     Raises ValueError for another suffix than .png, .svg or .pdf, OSError if the file cannot be written.
     """
-    check_suffix(path)
+    if path is not None:
+        check_suffix(path)
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,7 +74,8 @@ def new_figure(path: str | os.PathLike[str], height: float, width: float = WIDTH
         figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)  # measures texts
         yield figure
-        figure.savefig(path, dpi=DPI)
+        if path is not None:
+            figure.savefig(path, dpi=DPI)
 
 
 def tidy(axes: "Axes") -> None:

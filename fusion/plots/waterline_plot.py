@@ -52,24 +52,24 @@ class Well:
 
 def plot_waterline(
     panels: Sequence[WaterlinePanel],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
     share_x: bool = True,
     max_intensity: float | None = None,
-) -> None:
+) -> "Figure":
     """Draw one panel below the other: kernels as bars, and beside them the maximum efficiency.
 
     A bar is as wide as the kernel's minimum latency and as high as its intensity, up to `max_intensity` in OP/byte
     (default: all of it, or 1000 if any is higher than 1200); an arrow marks those that are higher. Of a few kernels the
     names are written where they fit. With `share_x` all panels have one scale of latency.
+    The page is saved if there is a path.
 
     Raises ValueError for another suffix than .png, .svg or .pdf and when there are no panels, OSError if the file
     cannot be written.
     """
-    check_suffix(path)
     if not panels:
-        raise ValueError(f"cannot draw {path}: there are no panels")
+        raise ValueError("there are no panels to draw")
     lines = [panel.line for panel in panels]
     limit = kernel_bars.bar_limit(lines, max_intensity)
     room = ARROW_ROOM if kernel_bars.are_clipped(lines, limit) else 6
@@ -103,6 +103,7 @@ def plot_waterline(
             kernel_bars.mark_clipped(axes, line.kernels, spans, limit)
             if len(line.kernels) <= NAMED:
                 _name_kernels(axes, line, spans, limit)
+    return figure
 
 
 def plot_wells(

@@ -10,6 +10,7 @@ from fusion.analysis.network_waterline import NetworkWaterline
 from fusion.planner.blocks import convfirst, ffn, mbconv
 from fusion.planner.layer_kind import LayerKind
 from fusion.planner.lower import block_fused, layerwise
+from fusion.planner.plan import plan_block
 from fusion.planner.processor import PROCESSORS
 from models import ConvFirst, Ffn, MBConv
 
@@ -59,6 +60,7 @@ def test_blocks_are_counted_as_the_planner_counts_them(block, graph):
     assert (kernel.ops_count, kernel.bytes, kernel.layer_kind) == (fused.ops_count, fused.bytes, LayerKind.FUSED)
     (gain,) = found.blocks
     assert gain.gain == pytest.approx(found.layerwise.min_latency / found.fused.min_latency)
+    assert gain.predicted == pytest.approx(plan_block(graph, "h200").predicted_us / 1e6)
     assert found.unknown == found.left == ()
 
 
@@ -68,7 +70,7 @@ def test_a_block_without_a_kernel_is_fused_in_theory_only():
     assert planned.blocks[0].kernel == found.blocks[0].kernel == "convfirst"
     found = fusion.waterline(Ffn(C, C, expansion=4).eval(), X, "a5000", progress=False)
     (gain,) = found.blocks
-    assert gain.kernel is None and "compute capability 9.0" in gain.reason
+    assert gain.kernel is gain.predicted is None and "compute capability 9.0" in gain.reason
     assert found.fused == found.layerwise
     (kernel,) = found.all_fused.kernels
     assert kernel.bytes == block_fused(ffn(N, H, W, C, 4)).bytes
@@ -323,5 +325,7 @@ def test_plot(tmp_path, suffix, magic):
     path = tmp_path / f"network{suffix}"
     fusion.waterline(ConvFirst(C, C, expansion=3).eval(), X, progress=False).plot(path)
     assert path.read_bytes().startswith(magic)
+    figure = fusion.waterline(nn.Conv2d(C, C, 1).eval(), X, progress=False).plot()
+    assert figure.axes and list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match=r"must end in one of \.png, \.svg, \.pdf"):
         fusion.waterline(nn.Conv2d(C, C, 1).eval(), X, progress=False).plot(tmp_path / "network.jpg")

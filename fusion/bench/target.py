@@ -87,6 +87,11 @@ def analyse(targets: Sequence[Target], batch: int, processor: Processor) -> list
     """
     if batch < 1:
         raise ValueError(f"the batch must be a positive number of images, got {batch}")
+    if any(target.model for target in targets):
+        from fusion.bench.model_case import known_model
+
+        # All of them before the first is traced, which takes a while.
+        targets = [replace(target, model=known_model(target.model)) if target.model else target for target in targets]
     networks: dict[Target, NetworkWaterline] = {}
     analysed = []
     for target in targets:
@@ -116,15 +121,14 @@ def _analyse(target: Target, batch: int, processor: Processor) -> NetworkWaterli
 
     from fusion.analysis.model_waterline import waterline
     from fusion.bench.model_build import bare_model
-    from fusion.bench.model_case import image_size, known_model
+    from fusion.bench.model_case import image_size
 
-    model = known_model(target.model)
-    size = image_size(model, target.size)
+    size = image_size(target.model, target.size)
     with torch.device("meta"):
-        network = bare_model(model).eval()
+        network = bare_model(target.model).eval()
     channels = getattr(network, "in_chans", 3)
     images = torch.empty(batch, channels, size, size, device="meta")
-    return waterline(network, images, processor, name=f"{model}, {size}×{size}")
+    return waterline(network, images, processor, name=f"{target.model}, {size}×{size}")
 
 
 def _positive(text: str) -> float:

@@ -136,6 +136,7 @@ def test_one_figure(tmp_path):
         (["64,6"], "block '64,6' is not C,ALPHA,HW"),
         (["ffm:64,6,4"], "of type 'ffm'; supported here: convfirst, ffn, mbconv"),
         (["pico@big"], "write the images' size as a number of pixels"),
+        (["pico", "nothing_like_it"], "no network is named 'nothing_like_it'"),
         (["pica"], "no network is named 'pica': did you mean pico"),
         (["pico", "--plot", "pico.jpg"], "must end in one of .png, .svg, .pdf"),
         (["pico", "--batch", "0"], "the batch must be a positive number of images, got 0"),

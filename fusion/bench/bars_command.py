@@ -50,11 +50,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Raises ValueError for other results, OSError if a file cannot be read or written."""
     from fusion.plots.block_plot import plot_blocks
-    from fusion.plots.style import check_suffix
 
-    if args.plot:
-        report.check_writable(args.plot)
-        check_suffix(args.plot)
+    report.check_outputs(None, args.plot)
     if is_table(args.results):
         meta, rows = read_paper_table(args.results)
     else:

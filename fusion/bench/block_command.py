@@ -96,12 +96,8 @@ class BlockCommand:
 def run(command: BlockCommand, args: argparse.Namespace) -> int:
     """Run the command; 1 if a block's error is too large."""
     from fusion.plots.block_plot import plot_blocks
-    from fusion.plots.style import check_suffix
 
-    for path in filter(None, (args.json, args.plot)):
-        report.check_writable(path)
-    if args.plot:
-        check_suffix(args.plot)
+    report.check_outputs(args.json, args.plot)
     blocks: list[BlockConfig] = args.block or list(command.blocks)
 
     import torch

@@ -89,12 +89,8 @@ def run(args: argparse.Namespace) -> int:
     cannot be drawn, OSError if a file cannot be written.
     """
     from fusion.plots.diagram.draw import draw_legend, draw_program
-    from fusion.plots.style import check_suffix
 
-    if args.plot:
-        check_suffix(args.plot)
-    for path in filter(None, (args.json, args.plot)):
-        report.check_writable(path)
+    report.check_outputs(args.json, args.plot)
     if args.block == LEGEND:
         if not args.plot or args.json:
             raise ValueError("the legend is a picture only: give --plot PATH, and no --json")

@@ -79,12 +79,8 @@ def run(args: argparse.Namespace) -> int:
     complete, OSError if a file cannot be read or written.
     """
     from fusion.plots.gap_plot import plot_gaps
-    from fusion.plots.style import check_suffix
 
-    for path in filter(None, (args.json, args.plot)):
-        report.check_writable(path)
-    if args.plot:
-        check_suffix(args.plot)
+    report.check_outputs(args.json, args.plot)
     found = read_gaps(args.results, read_accuracies(args.accuracies) if args.accuracies else {})
     found = choose_models(found, args.models)
     gaps = [gap for gaps, _ in found.values() for gap in gaps]

@@ -6,7 +6,6 @@ from fusion.bench import report
 from fusion.bench.report import Column
 from fusion.planner.intensity import CONV_TYPES, IntensityPoint, conv_intensity, intensity_curve
 from fusion.planner.processor import PROCESSORS, Processor
-from fusion.plots.style import check_suffix
 
 DESCRIPTION = """\
 How many operations does a convolution do for each byte that it moves? If they are fewer than a GPU's op:byte, which is
@@ -55,11 +54,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Raises ValueError for sizes that make no convolution, OSError if a file cannot be written."""
-    if args.plot:
-        check_suffix(args.plot)
-    for path in (args.plot, args.json):
-        if path:
-            report.check_writable(path)
+    report.check_outputs(args.json, args.plot)
     processors = [PROCESSORS[name] for name in dict.fromkeys(args.processor or ["a5000"])]
     channels = doubled_channels(*args.channels)
     points = [

@@ -118,12 +118,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from fusion.bench.gap import network_gaps
     from fusion.plots.gap_plot import drawn_gaps, plot_gap
-    from fusion.plots.style import check_suffix
 
-    for path in filter(None, (args.json, args.plot)):
-        report.check_writable(path)
-    if args.plot:
-        check_suffix(args.plot)
+    report.check_outputs(args.json, args.plot)
 
     import torch
 

@@ -58,12 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ValueError for results without blocks that were timed, OSError if a file cannot be read or written.
     """
-    from fusion.plots.style import check_suffix
 
-    for path in filter(None, (args.json, args.plot)):
-        report.check_writable(path)
-    if args.plot:
-        check_suffix(args.plot)
+    report.check_outputs(args.json, args.plot)
     reports = {path: read_report(path, (), WRITERS) for path in args.results}
     rows = [row for path, (meta, found) in reports.items() for row in predicted_rows(path, meta, found)]
     errors = errors_by_kernel(rows)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fusion import __version__
 from fusion.planner.processor import Processor
+from fusion.plots.style import check_suffix
 
 SOURCE = Path(__file__).parents[2]
 WIDE = 10_000
@@ -94,6 +95,17 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             part.unlink()
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_outputs(json_path: str | os.PathLike[str] | None, plot: str | os.PathLike[str] | None) -> None:
+    """Make sure that a report and a picture can be written where they are asked for, before long work.
+
+    Raises OSError as `check_writable` does, and ValueError for another suffix of a picture than .png, .svg or .pdf.
+    """
+    if plot:
+        check_suffix(plot)
+    for path in filter(None, (json_path, plot)):
+        check_writable(path)
 
 
 def write_json(path: str | os.PathLike[str], meta: Mapping[str, object], rows: Iterable[Mapping[str, object]]) -> None:

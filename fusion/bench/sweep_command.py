@@ -10,7 +10,6 @@ from fusion.bench.report import Column
 from fusion.bench.target import TARGETS_HELP, add_arguments, analyse, chosen_processor, parse_target
 from fusion.planner.op_byte_sweep import SweepPoint, sweep
 from fusion.planner.processor import PROCESSORS
-from fusion.plots.style import check_suffix
 
 DESCRIPTION = """\
 How efficient can a network be on a processor of any op:byte ratio (peak arithmetic over DRAM bandwidth)? By the
@@ -65,10 +64,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Raises ValueError for what is no network or makes no block, OSError for files."""
-    for path in filter(None, (args.json, args.plot)):
-        report.check_writable(path)
-    if args.plot:
-        check_suffix(args.plot)
+    report.check_outputs(args.json, args.plot)
     processor = chosen_processor(args)
     analysed = analyse(args.targets, args.batch, processor)
     curves = {

@@ -10,7 +10,6 @@ from fusion.bench.target import TARGETS_HELP, TYPES, add_arguments, analyse, cho
 from fusion.planner.lower import block_fused, layerwise
 from fusion.planner.processor import PROCESSORS, Processor
 from fusion.planner.waterline import analyze
-from fusion.plots.style import check_suffix
 
 DESCRIPTION = """\
 How fast can a network or a block be on a GPU, and where does its time go? Waterline analysis: layer by layer, with one
@@ -62,10 +61,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Raises ValueError for what is no network or makes no block, OSError for files."""
-    for path in filter(None, (args.json, args.plot)):
-        report.check_writable(path)
-    if args.plot:
-        check_suffix(args.plot)
+    report.check_outputs(args.json, args.plot)
     if bool(args.targets) + bool(args.block) + bool(args.figure) > 1:
         raise ValueError("give targets, one table each, or --block, one line each, or --figure; not several of them")
     return _run_targets(args) if args.targets else _run_blocks(args)

@@ -82,11 +82,15 @@ def _run(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple[Call, ...],
     names = {module: name for name, module in model.named_modules()}
     stack: list[str] = [""]
     recorder.path = lambda: stack[-1]
+
+    def enter(module: nn.Module, _: object) -> None:
+        stack.append(names.get(module, stack[-1]))
+
+    def leave(*_: object) -> None:  # what a hook returns would take the place of the output
+        stack.pop()
+
     with ExitStack() as hooks:
-        for handle in (
-            register_module_forward_pre_hook(lambda module, _: stack.append(names.get(module, stack[-1]))),
-            register_module_forward_hook(lambda *_: stack.pop() and None),
-        ):
+        for handle in (register_module_forward_pre_hook(enter), register_module_forward_hook(leave)):
             hooks.callback(handle.remove)
         with recording(recorder):
             out = model(*args, **kwargs)

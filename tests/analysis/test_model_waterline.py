@@ -239,6 +239,8 @@ def test_no_single_graph():
     ]
     assert found.blocks == () and "it is no single graph" in found.why_no_blocks
     assert "no blocks were looked for: it is no single graph" in found.table()
+    whole = analysed(lambda m, x: F.relu(m.block(m.conv(x))), **layers).layerwise
+    assert [(k.ops_count, k.bytes) for k in found.layerwise.kernels] == [(k.ops_count, k.bytes) for k in whole.kernels]
 
 
 def test_no_values_are_needed_and_none_are_changed():

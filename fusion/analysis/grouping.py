@@ -18,12 +18,12 @@ from fusion.planner.program import Kernel, Memory
 
 @dataclass(frozen=True)
 class LayerKernel:
-    """A kernel, and the index of the region that it runs; None for a layer."""
+    """A kernel, the index of the region that it runs (None for a layer), and its first operation's node in the graph
+    (None if there is no graph)."""
 
     kernel: Kernel
     region: int | None
     node: fx.Node | None
-    """What the kernel's first operation is in the graph; None if there is no graph."""
 
 
 @dataclass(eq=False)
@@ -86,9 +86,7 @@ def _joined(call: Call, maker: Mapping[Value, _Group]) -> _Group | None:
 
 def _add(group: _Group, call: Call) -> None:
     """Append a call to a group."""
-    name = call.name if group.ops else group.name
-    if group.ops:
-        name = f"{group.name}.{call.name}{len(group.ops)}"
+    name = f"{group.name}.{call.name}{len(group.ops)}" if group.ops else group.name
     views: list[Op] = []
     outputs = {operand.value for operand in call.outputs}
 

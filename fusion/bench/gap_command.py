@@ -4,14 +4,13 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 
 from fusion.bench import report
 from fusion.bench.gap import ENGINES, PAPER, Ceilings, Gap, Incomplete, network_gaps, own_ceilings
 from fusion.bench.paper_networks import PAPER_BATCH, PAPER_DTYPE, PAPER_NETWORKS
 from fusion.bench.report import Column
-from fusion.bench.saved_results import is_table, number, read_report, read_table
+from fusion.bench.saved_results import is_table, number, processor_of, read_report, read_table
 from fusion.planner.processor import PROCESSORS, Processor, get_processor
 
 DESCRIPTION = """\
@@ -150,11 +149,9 @@ def read_accuracies(path: str | os.PathLike[str]) -> dict[str, tuple[float, str]
 
 def known_ceilings(path: str, device: str | None) -> Ceilings:
     """What the planner knows of a GPU that PyTorch calls `device`. Raises ValueError if that is nothing."""
-    words = (device or "").lower().replace("-", " ").split()
-    names = {*words, *(first + second for first, second in pairwise(words))}
-    for name, processor in PROCESSORS.items():
-        if name in names:
-            return _planners(processor, device)
+    processor = processor_of(device or "")
+    if processor is not None:
+        return _planners(processor, device)
     if device == "cpu":
         raise ValueError(f"{path} was written without a GPU: it has no latencies; run its command on a GPU")
     raise ValueError(

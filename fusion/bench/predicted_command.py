@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ValueError for results without blocks that were timed, OSError if a file cannot be read or written.
     """
-
     report.check_outputs(args.json, args.plot)
     reports = {path: read_report(path, (), WRITERS) for path in args.results}
     rows = [row for path, (meta, found) in reports.items() for row in predicted_rows(path, meta, found)]

@@ -3,10 +3,10 @@
 import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import pairwise
 
 from fusion.bench.blocks import BLOCK_TYPES, BlockConfig
 from fusion.bench.network_case import CONVFIRSTNETS
+from fusion.bench.saved_results import processor_of
 from fusion.planner.families import FAMILIES, Tile
 from fusion.planner.graph import BlockGraph
 from fusion.planner.lower import layerwise
@@ -15,7 +15,8 @@ from fusion.planner.processor import PROCESSORS, Processor
 from fusion.planner.waterline import analyze
 
 STAGE_DEPTH = 8
-"""Blocks of a stage that the commands for blocks time, in one launch where a kernel can."""
+"""Blocks of a stage that the commands for blocks time, in one launch where a kernel can: `fusion.timing`'s, which is
+not imported, for it needs PyTorch."""
 THIS_PLANNER, ITS_TILE, THE_REPORT = "planner", "planner's tile", "report"
 """Who predicted: this planner, for the tile that was timed or, if the report has none, for the one that it chooses; or
 the planner that made the report."""
@@ -61,9 +62,7 @@ def report_processor(path: str, meta: Row) -> Processor:
     Raises ValueError for a GPU that the planner does not know.
     """
     device = str(meta.get("device"))
-    words = device.lower().replace("-", " ").split()
-    names = {*words, *(first + second for first, second in pairwise(words))}
-    processor = next((processor for name, processor in PROCESSORS.items() if name in names), None)
+    processor = processor_of(device)
     if device == "cpu":
         raise ValueError(f"{path} was written without a GPU: it has no latencies; run its command on a GPU")
     if processor is None:

@@ -4,7 +4,10 @@ import csv
 import json
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+
+from fusion.planner.processor import PROCESSORS, Processor
 
 
 def is_table(path: str | os.PathLike[str]) -> bool:
@@ -59,6 +62,13 @@ def number(path: str | os.PathLike[str], row: dict[str, str], column: str, most:
             f"{path}: {column} of {next(iter(row.values()))} is {row[column]!r}, no positive number{limit}"
         )
     return value
+
+
+def processor_of(device: str) -> Processor | None:
+    """The GPU that PyTorch calls `device`, as a report names it; None for one that the planner does not know."""
+    words = device.lower().replace("-", " ").split()
+    names = {*words, *(first + second for first, second in pairwise(words))}
+    return next((processor for name, processor in PROCESSORS.items() if name in names), None)
 
 
 def _read(path: str | os.PathLike[str]) -> str:

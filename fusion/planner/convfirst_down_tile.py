@@ -13,21 +13,20 @@ from fusion.planner import tile as stride_1
 from fusion.planner.graph import ELEMENT_SIZE
 from fusion.planner.match import ConvFirstDownShape
 from fusion.planner.processor import Processor
-from fusion.planner.slabs import NARROWEST, slab_widths
+from fusion.planner.slabs import slab_widths
 from fusion.planner.tile import (
     LAUNCH_US,
     MAX_REGISTERS,
     MAX_WARPS_PER_PROCESSOR,
     MIN_HIDDEN_STEPS,
     MIN_STAGES,
-    SECTOR_BYTES,
     SPILL_ALLOWANCE,
     TENSOR_MEMORY_COLUMNS,
     TENSOR_MEMORY_LANES,
     WARP_SIZE,
     WIDEST_OUTPUT_SLAB,
-    PortableWork,
     operands_in_memory,
+    portable_work,
     uses_tensor_memory,
     work_us,
 )
@@ -206,25 +205,15 @@ def predicted_us(tile: ConvFirstDownTile, shape: ConvFirstDownShape, processor: 
     The terms are those of the stride-1 kernel (`fusion.planner.tile`), with its constants, for 25 views of the input
     and their taps. `copy_bytes` makes no difference: what the L1 cache saves is left to measurements.
     """
-    in_slabs, out_slabs = tile.in_slabs(shape.in_channels), tile.out_slabs(shape.out_channels)
-    hidden = tile.padded_hidden(shape.hidden_channels)
-    programs = tile.programs(shape.batch, shape.height, shape.width)
-    pixels, size = programs * tile.pixels, ELEMENT_SIZE[shape.dtype]
-    taps, hidden_steps = TAPS * 2 * sum(slab * slab for slab in in_slabs), hidden // tile.hidden
-    work = PortableWork(
-        programs,
-        tile.pixels,
-        tile.warps,
+    work = portable_work(
+        tile,
+        shape,
+        tile.programs(shape.batch, shape.height, shape.width),
         estimated_registers(tile, shape),
         programs_per_processor(tile, shape, processor),
-        conv_ops=2 * pixels * taps,
-        ffn_ops=2 * pixels * hidden * _expanded_and_out(tile, shape),
-        narrow_ops=2 * pixels * hidden * NARROWEST * out_slabs.count(NARROWEST),
-        view_bytes=size * pixels * TAPS * sum(in_slabs),
-        straddles=size * shape.in_channels % SECTOR_BYTES > 0,
-        weight_bytes=size * programs * (taps + hidden * _expanded_and_out(tile, shape)),
-        steps=TAPS * len(in_slabs) + hidden_steps * (len(in_slabs) + len(out_slabs)),
-        waits=TAPS * len(in_slabs) / (tile.conv_stages - 1) + hidden_steps / (tile.ffn_stages - 1),
+        views=TAPS,
+        outputs=2,
+        ffn_channels=_expanded_and_out(tile, shape),
     )
     return LAUNCH_US + max(work_us(work, processor), shape.activation_bytes / processor.bandwidth * 1e6)
 

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 from math import ceil
+from typing import TYPE_CHECKING
 
 from fusion.planner.graph import ELEMENT_SIZE
-from fusion.planner.match import ConvFirstShape
+from fusion.planner.match import ConvFirstDownShape, ConvFirstShape
 from fusion.planner.processor import Processor
 from fusion.planner.slabs import NARROWEST, slab_widths
+
+if TYPE_CHECKING:
+    from fusion.planner.convfirst_down_tile import ConvFirstDownTile
 
 KERNEL_DTYPES = ("float16", "bfloat16")
 CHANNEL_MULTIPLE = 8
@@ -274,27 +278,54 @@ def predicted_us(tile: ConvFirstTile, shape: ConvFirstShape, processor: Processo
     A fixed cost, and the work of all programs (`work_us`). It takes at least as long as the activations through DRAM,
     which a convolution of stride 2 has more of than views.
     """
+    work = portable_work(
+        tile,
+        shape,
+        tile.programs(shape.batch, shape.out_height, shape.out_width),
+        estimated_registers(tile, shape),
+        programs_per_processor(tile, shape, processor),
+        views=9,
+        outputs=1,
+        ffn_channels=_padded_in_and_out(tile, shape),
+    )
+    return LAUNCH_US + max(work_us(work, processor), shape.activation_bytes / processor.bandwidth * 1e6)
+
+
+def portable_work(
+    tile: "ConvFirstTile | ConvFirstDownTile",
+    shape: ConvFirstShape | ConvFirstDownShape,
+    programs: int,
+    registers: float,
+    occupancy: int,
+    *,
+    views: int,
+    outputs: int,
+    ffn_channels: int,
+) -> PortableWork:
+    """The work of a launch of so many programs, of either stride.
+
+    The convolution takes so many `views` of the input, and makes `outputs` times as many channels of it as it takes;
+    `ffn_channels` are those that the FFN takes and gives, as the kernel pads them.
+    """
     in_slabs, out_slabs = tile.in_slabs(shape.in_channels), tile.out_slabs(shape.out_channels)
     hidden = tile.padded_hidden(shape.hidden_channels)
-    programs = tile.programs(shape.batch, shape.out_height, shape.out_width)
     pixels, size = programs * tile.pixels, ELEMENT_SIZE[shape.dtype]
-    taps, hidden_steps = 9 * sum(slab * slab for slab in in_slabs), hidden // tile.hidden
-    work = PortableWork(
+    taps, hidden_steps = views * outputs * sum(slab * slab for slab in in_slabs), hidden // tile.hidden
+    return PortableWork(
         programs,
         tile.pixels,
         tile.warps,
-        estimated_registers(tile, shape),
-        programs_per_processor(tile, shape, processor),
+        registers,
+        occupancy,
         conv_ops=2 * pixels * taps,
-        ffn_ops=2 * pixels * hidden * _padded_in_and_out(tile, shape),
+        ffn_ops=2 * pixels * hidden * ffn_channels,
         narrow_ops=2 * pixels * hidden * NARROWEST * out_slabs.count(NARROWEST),
-        view_bytes=size * pixels * 9 * sum(in_slabs),
+        view_bytes=size * pixels * views * sum(in_slabs),
         straddles=size * shape.in_channels % SECTOR_BYTES > 0,
-        weight_bytes=size * programs * (taps + hidden * _padded_in_and_out(tile, shape)),
-        steps=9 * len(in_slabs) + hidden_steps * (len(in_slabs) + len(out_slabs)),
-        waits=9 * len(in_slabs) / (tile.conv_stages - 1) + hidden_steps / (tile.ffn_stages - 1),
+        weight_bytes=size * programs * (taps + hidden * ffn_channels),
+        steps=views * len(in_slabs) + hidden_steps * (len(in_slabs) + len(out_slabs)),
+        waits=views * len(in_slabs) / (tile.conv_stages - 1) + hidden_steps / (tile.ffn_stages - 1),
     )
-    return LAUNCH_US + max(work_us(work, processor), shape.activation_bytes / processor.bandwidth * 1e6)
 
 
 def work_us(work: PortableWork, processor: Processor) -> float:

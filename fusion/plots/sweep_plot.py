@@ -116,9 +116,5 @@ def _handles(together: bool) -> "list[Artist]":
     return [waterline, roofline] if together else [waterline, roofline, between]
 
 
-def _end_label(curve: SweepCurve, colour: str) -> EndLabel:
-    return EndLabel(100 * curve.points[-1].waterline_efficiency, fill(curve.label, 26), colour, colour)
-
-
 def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]

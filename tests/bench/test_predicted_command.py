@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.bench import predicted_command
+from fusion.bench import predicted_command, predicted_row
 from fusion.bench.blocks import TABLE1, TABLE2
 from fusion.bench.predicted_row import parse_tile, predicted_rows, report_processor
 from fusion.planner.hopper_tile import HopperTile
@@ -173,3 +173,9 @@ def test_processors():
     assert report_processor("a.json", META | {"peak_tflops": 700.0}).peak_ops == 700e12
     (row,) = predicted_rows("a.json", META | {"peak_tflops": 700.0}, [ROW])
     assert (row["peak_tflops"], row["bandwidth_tbs"], row["device"]) == (700.0, 4.3, "NVIDIA H200")
+
+
+def test_stages_are_as_deep_as_those_that_are_timed():
+    from fusion import timing
+
+    assert predicted_row.STAGE_DEPTH == timing.STAGE_DEPTH
